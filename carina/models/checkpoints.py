@@ -1,0 +1,59 @@
+"""Save, load and verify: backbones in timm's hub format, tensors as safetensors. Nothing is pickled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from carina.errors import CarinaError
+from carina.files import atomic_folder, atomic_path, write_json, write_text
+from carina.models.backbones import Backbone
+
+
+def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors, atomically; each is copied, so shared memory is no trouble."""
+    plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(plain, temporary)
+
+
+def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    if not Path(path).is_file():
+        raise CarinaError(f"{path} is not there; the folder may be incomplete")
+    return load_file(path)
+
+
+def timm_config(backbone: Backbone) -> dict[str, Any]:
+    """config.json in timm's hub format, with nothing of the tag, address or licence of weights that timm ships."""
+    spec = backbone.spec
+    return {
+        "architecture": spec.name,
+        "num_classes": 0,
+        "num_features": backbone.dimension,
+        "model_args": spec.args,
+        "pretrained_cfg": {
+            "tag": "carina",
+            "custom_load": False,
+            "input_size": [spec.channels, spec.size, spec.size],
+            "fixed_input_size": False,
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+            "num_classes": 0,
+            "license": spec.license or None,
+        },
+    }
+
+
+def write_backbone(folder: str | Path, backbone: Backbone, facts: dict[str, Any], card: str) -> None:
+    """config.json, model.safetensors, carina.json (`facts`) and README.md (`card`), as one atomic folder."""
+    with atomic_folder(folder) as temporary:
+        save_tensors(temporary / "model.safetensors", backbone.network.state_dict())
+        write_json(temporary / "config.json", timm_config(backbone))
+        write_json(temporary / "carina.json", {**facts, "origin": backbone.spec.origin, "size": backbone.spec.size})
+        write_text(temporary / "README.md", card)

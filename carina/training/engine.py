@@ -1,0 +1,364 @@
+"""The engine of both training stages: Accelerate, steps, checkpoints, resume, signals, and the guard against NaN."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from pydantic import Field
+from torch import nn
+
+from carina.data.batches import Batch, Batches, Plan
+from carina.data.store import Selection
+from carina.draws import hash64
+from carina.errors import CarinaError, Preempted
+from carina.files import atomic_folder, read_json, write_json
+from carina.models.checkpoints import load_tensors, save_tensors
+from carina.progress import Progress, clock
+from carina.recipes import Section
+from carina.runs import Run
+from carina.training.optim import (
+    OptimSettings,
+    base_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    rate_at,
+)
+from carina.training.tracking import Mode, Tracker
+
+NAN_LIMIT = 3  # a stray one is skipped, the third in a row stops the run
+DRY_STEPS = 5
+Precision = Literal["auto", "no", "bf16", "fp16"]
+
+
+class TrainingSettings(Section):
+    """The keys that both training stages share; values and their meaning stand in their default.yaml."""
+
+    seed: int
+    steps: Annotated[int, Field(ge=1)] | None
+    epochs: Annotated[float, Field(gt=0)] | None
+    batch_size: Annotated[int, Field(ge=2)]
+    accumulate: Annotated[int, Field(ge=1)]
+    optim: OptimSettings
+    precision: Precision
+    threads: Annotated[int, Field(ge=1)] | None
+    workers: Annotated[int, Field(ge=0)]
+    checkpoint_every: Annotated[int, Field(ge=1)]
+    keep_checkpoints: Annotated[int, Field(ge=1)]
+    wandb: Mode
+
+    def total_steps(self, count: int) -> int:
+        if self.steps is not None:
+            return self.steps
+        if self.epochs is None:
+            raise CarinaError("the recipe says neither steps nor epochs; give one of them")
+        return max(1, round(self.epochs * (count // self.batch_size)))
+
+
+class Task(nn.Module):
+    """What the engine trains: the networks, their loss on a batch, and what follows an optimizer step."""
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Named scalar losses; `loss` is what is minimized."""
+        raise NotImplementedError
+
+    def after_step(self, step: int) -> None:
+        """Called after every optimizer step, on every rank."""
+
+
+def best_precision(device: torch.device, wanted: Precision) -> str:
+    """bf16 where the GPU or the CPU computes in it, else full precision."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolved(settings: TrainingSettings, out: str | Path | None, resume: bool) -> TrainingSettings:
+    """The settings with precision and threads decided; on resume the threads of the run that is continued.
+
+    Bits on a CPU are promised at one thread count, which is why it is part of the recipe.
+    """
+    threads = settings.threads
+    if resume and threads is None and out and (Path(out) / "recipe.yaml").is_file():
+        threads = Run.open(out).recipe().get("threads")
+    threads = threads or max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return settings.model_copy(
+        update={"threads": threads, "precision": best_precision(pick_device(), settings.precision)}
+    )
+
+
+class Engine:
+    """One training run of a task on a selection."""
+
+    def __init__(
+        self,
+        task: Task,
+        selection: Selection,
+        settings: TrainingSettings,
+        *,
+        scales: Sequence[int],
+        masks: bool = False,
+        targets: np.ndarray | None = None,
+        name: str = "train",
+        quiet: bool = False,
+    ):
+        torch.set_num_threads(settings.threads)
+        cuda = torch.cuda.is_available()
+        # Batch norm keeps the statistics of its own rank; rank 0's running ones are exported (docs/multi-gpu.md).
+        no_broadcast = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self.accelerator = Accelerator(
+            mixed_precision=settings.precision, cpu=not cuda, kwargs_handlers=[no_broadcast]
+        )
+        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.device = self.accelerator.device
+        self.settings, self.name, self.quiet = settings, name, quiet or self.rank > 0
+        self.plan = Plan(
+            count=len(selection),
+            batch_size=settings.batch_size,
+            accumulate=settings.accumulate,
+            world=self.world,
+            rank=self.rank,
+            scales=tuple(scales),
+            seed=settings.seed,
+            steps=settings.total_steps(len(selection)),
+        )
+        self.batches = Batches(
+            selection, self.plan, device=self.device, workers=settings.workers, masks=masks, targets=targets
+        )
+        self.peak = base_rate(settings.optim, settings.batch_size)
+        self.task = task.to(self.device)
+        optimizer = make_optimizer(self.task, settings.optim, self.peak)
+        self.model, self.optimizer = self.accelerator.prepare(self.task, optimizer)
+        self.signal = 0
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def step(self, step: int, pieces: list[Batch]) -> tuple[dict[str, float], bool]:
+        """One optimizer step on its micro-batches; returns the mean losses over all ranks and whether all were finite."""
+        # dropout and drop path draw from torch's generator: a seed per step makes a resume exact
+        torch.manual_seed(hash64("step", self.settings.seed, step, self.rank) >> 1)
+        rate = rate_at(step, self.plan.steps, self.peak, self.settings.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        sums: dict[str, torch.Tensor] = {}
+        for number, piece in enumerate(pieces):
+            last = number == len(pieces) - 1
+            with self.accelerator.no_sync(self.model) if not last else contextlib.nullcontext():
+                losses = self.model(piece)
+                self.accelerator.backward(losses["loss"] / len(pieces))
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach().float() / len(pieces)
+        names = sorted(sums)
+        values = self.accelerator.reduce(torch.stack([sums[name] for name in names]), "mean").tolist()
+        means = dict(zip(names, values))
+        finite = all(math.isfinite(value) for value in values)
+        if finite:
+            if self.settings.optim.clip is not None:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.optim.clip)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.task.after_step(step)
+        return {**means, "lr": rate}, finite
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def save(self, run: Run, step: int, seconds: float) -> None:
+        """Write checkpoints/step-XXXXXXXX (the state after `step` steps) and drop the oldest beyond what is kept."""
+        if self.rank == 0:
+            with atomic_folder(run.folder / "checkpoints" / f"step-{step:08d}") as folder:
+                save_tensors(folder / "task.safetensors", self.task.state_dict())
+                save_tensors(folder / "optimizer.safetensors", optimizer_tensors(self.optimizer.optimizer))
+                scaler = self.accelerator.scaler
+                write_json(
+                    folder / "state.json",
+                    {"step": step, "seconds": seconds, "scaler": scaler.state_dict() if scaler else None},
+                )
+            for old in checkpoints(run)[: -self.settings.keep_checkpoints]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, run: Run) -> tuple[int, float]:
+        """Take the newest checkpoint; returns the step to go on from and the seconds spent so far."""
+        found = checkpoints(run)
+        if not found:
+            return 0, 0.0
+        folder = found[-1]
+        self.task.load_state_dict(load_tensors(folder / "task.safetensors"))
+        load_optimizer_tensors(self.optimizer.optimizer, load_tensors(folder / "optimizer.safetensors"))
+        state = read_json(folder / "state.json")
+        if state["scaler"] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        return state["step"], state["seconds"]
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def fit(self, run: Run, *, resume: bool = False) -> dict[str, Any]:
+        """Train to the last step; returns facts for the card (steps, images, hours, device)."""
+        first, spent = self.load(run) if resume else (0, 0.0)
+        main = self.rank == 0
+        if main:
+            run.forget_metrics_after(first - 1)
+            run.note_environment(**self.machine())
+            self._say(run, first)
+        tracker = Tracker(run, self.settings.wandb, run.recipe()) if main else None
+        self._catch_signals()
+        began = last_log = time.perf_counter()
+        bad = 0
+        try:
+            with Progress(self.name, self.plan.steps, unit="steps", done=first, quiet=self.quiet) as progress:
+                for step, pieces in self.batches.from_step(first):
+                    means, finite = self.step(step, pieces)
+                    bad = 0 if finite else bad + 1
+                    now = time.perf_counter()
+                    rate = self.plan.batch_size / max(now - last_log, 1e-9)
+                    wait = self.batches.waited / max(now - began, 1e-9)
+                    last_log = now
+                    if main:
+                        tracker.step({"step": step, **_json_numbers(means), "images_per_second": round(rate, 1),
+                                      "data_wait": round(wait, 4)})  # fmt: skip
+                    progress.advance(
+                        1, f"loss {means['loss']:.4f}  {rate:,.0f} images/s  data wait {wait:.0%}"
+                    )
+                    if bad >= NAN_LIMIT:
+                        names = [name for name, value in means.items() if not math.isfinite(value)]
+                        raise CarinaError(
+                            f"{', '.join(names)} was not finite {NAN_LIMIT} times in a row at step {step} (rank "
+                            f"{self.rank}); lower optim.lr, set optim.clip=1, or precision=no, and go on with --resume"
+                        )
+                    done = step + 1
+                    seconds = spent + now - began
+                    stop = self._stop_wanted()
+                    if done % self.settings.checkpoint_every == 0 or done == self.plan.steps or stop:
+                        self.save(run, done, seconds)
+                    if stop and done < self.plan.steps:
+                        word = "interrupted" if stop == signal.SIGINT else "asked to stop"
+                        raise Preempted(
+                            f"{word} after step {done} of {self.plan.steps}; a checkpoint is written: go on with --resume",
+                            128 + stop,
+                        )
+        except torch.OutOfMemoryError:
+            raise CarinaError(
+                f"out of memory with micro-batches of {self.plan.micro_batch} at scale {max(self.plan.scales)}; double "
+                f"accumulate (now {self.plan.accumulate}), or lower batch_size or the scale, and go on with --resume"
+            ) from None
+        finally:
+            if tracker is not None:
+                tracker.close()
+            self._release_signals()
+        seconds = spent + time.perf_counter() - began
+        facts = {
+            "steps": self.plan.steps,
+            "images_seen": self.plan.steps * self.plan.batch_size,
+            "hours": round(seconds / 3600, 4),
+            "world_size": self.world,
+        }
+        if main:
+            run.note_environment(**facts)
+        return facts
+
+    def _say(self, run: Run, first: int) -> None:
+        s = self.settings
+        run.log(
+            f"{self.name}: {self.plan.count} images, {self.plan.steps} steps of {s.batch_size} "
+            f"({self.plan.steps * s.batch_size / self.plan.count:.1f} epochs), scale {list(self.plan.scales)}, "
+            f"{self.device.type} x {self.world}, precision {s.precision}, learning rate {self.peak:.3g} ({s.optim.lr_rule})"
+        )
+        if first:
+            run.log(f"{self.name}: going on from step {first}")
+
+    def machine(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            "device": self.device.type,
+            "world_size": self.world,
+            "precision": self.settings.precision,
+            "threads": self.settings.threads,
+        }
+        if self.device.type == "cuda":
+            facts |= {
+                "gpu": torch.cuda.get_device_name(self.device),
+                "cuda": torch.version.cuda,
+                "cudnn": torch.backends.cudnn.version(),
+                "tf32": torch.backends.cuda.matmul.allow_tf32,
+            }
+        return facts
+
+    # -- a dry run --------------------------------------------------------------------------------------------------
+
+    def dry_run(self) -> dict[str, Any]:
+        """A few real steps, nothing written: what the whole recipe would take."""
+        durations = []
+        for step, pieces in self.batches.from_step(0):
+            began = time.perf_counter()
+            self.step(step, pieces)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            durations.append(time.perf_counter() - began)
+            if len(durations) >= DRY_STEPS:
+                break
+        each = float(np.median(durations[1:] or durations))
+        # ru_maxrss counts kilobytes on Linux and bytes on macOS
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else resident
+        state = sum(v.numel() * v.element_size() for v in self.task.state_dict().values())
+        state += sum(v.numel() * v.element_size() for v in optimizer_tensors(self.optimizer.optimizer).values())
+        return {
+            **self.machine(),
+            "steps": self.plan.steps,
+            "images_per_second": round(self.plan.batch_size / each, 1),
+            "seconds_per_step": round(each, 4),
+            "hours": round(each * self.plan.steps / 3600, 4),
+            "time": clock(each * self.plan.steps),
+            "memory_gib": round(memory / 2**30, 3),
+            "checkpoint_mib": round(state / 2**20, 1),
+            "disk_mib": round(state * (self.settings.keep_checkpoints + 1) / 2**20, 1),
+            "learning_rate": self.peak,
+        }
+
+    # -- signals ----------------------------------------------------------------------------------------------------
+
+    def _catch_signals(self) -> None:
+        def note(number, _frame):
+            self.signal = number
+
+        self._old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+
+    def _release_signals(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _stop_wanted(self) -> int:
+        """The signal that any rank received, agreed on by all, so that they stop at the same step."""
+        if self.world == 1:
+            return self.signal
+        flag = torch.tensor([self.signal], device=self.device)
+        return int(self.accelerator.gather(flag).max())
+
+
+def _json_numbers(values: dict[str, float]) -> dict[str, float | None]:
+    return {key: value if math.isfinite(value) else None for key, value in values.items()}
+
+
+def checkpoints(run: Run) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted((run.folder / "checkpoints").glob("step-*"))

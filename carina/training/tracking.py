@@ -1,0 +1,60 @@
+"""What a run tells while it trains: metrics.jsonl, the progress line, and wandb where it is wanted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from carina.errors import CarinaError
+from carina.runs import Run
+
+Mode = Literal["offline", "online", "off"]
+
+
+class Tracker:
+    """metrics.jsonl always; wandb offline by default, with nothing of the machine, the code or the command line."""
+
+    def __init__(self, run: Run, mode: Mode, config: dict[str, Any]):
+        self.run = run
+        self.wandb = None
+        if mode == "off":
+            return
+        try:
+            import wandb
+        except ImportError:
+            raise CarinaError("wandb is not installed; pip install wandb, or give wandb=off") from None
+        settings = wandb.Settings(
+            mode=mode,
+            silent=True,
+            console="off",
+            host="",
+            program="carina",
+            program_relpath="carina",
+            disable_git=True,
+            disable_code=True,
+            disable_job_creation=True,
+            save_code=False,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_disable_machine_info=True,
+            x_save_requirements=False,
+        )
+        private = ("store", "out", "backbone", "watch")
+        self.wandb = wandb.init(
+            project="carina",
+            dir=str(run.folder),
+            config={key: value for key, value in config.items() if key not in private or isinstance(value, dict)},
+            settings=settings,
+        )
+
+    def step(self, values: dict[str, Any]) -> None:
+        self.run.metric(values)
+        if self.wandb is not None:
+            self.wandb.log(values, step=values["step"])
+
+    def close(self) -> None:
+        if self.wandb is not None:
+            self.wandb.finish()
+            self.wandb = None
+
+

@@ -1,0 +1,1 @@
+"""Evaluation: predictor + store -> predictions and report; features; scores of files."""

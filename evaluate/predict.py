@@ -1,0 +1,181 @@
+"""The verbs predict and embed: files or rows -> scores, heat maps, features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from carina.data.batches import in_order
+from carina.data.store import Selection, select
+from carina.errors import CarinaError
+from carina.evaluate.explain import heat_maps
+from carina.files import atomic_path, write_table
+from carina.imaging.dicom import Unreadable, list_files, read_radiograph
+from carina.imaging.photometry import Geometry, Photometry, resize
+from carina.models.backbones import Backbone, load_backbone
+from carina.models.predictor import load_predictor
+from carina.progress import Progress
+from carina.recipes import Section, parse_overrides, validate
+from carina.training.engine import pick_device
+
+
+def read_files(
+    paths: Sequence[str], scales: Sequence[int], photometry: Photometry, geometry: Geometry
+) -> tuple[list[str], dict[int, torch.Tensor], list[dict[str, str]]]:
+    """Files as prepare would store them: (paths read, scale -> (N, 1, S, S) in [0, 1], rejected with reasons)."""
+    files = [file for path in paths for file in (list_files(path) if _many(path) else [path])]
+    if not files:
+        raise CarinaError(f"{', '.join(paths)} holds no files; check the path")
+    read, images, rejected = [], {scale: [] for scale in scales}, []
+    for file in files:
+        try:
+            radiograph = read_radiograph(file, photometry)
+        except Unreadable as error:
+            rejected.append({"path": str(file), "reason": str(error)})
+            continue
+        read.append(str(file))
+        for scale in scales:
+            pixels, _ = resize(radiograph.image, scale, geometry, radiograph.facts.get("spacing"))
+            images[scale].append(np.round(pixels * 255) / 255)  # the store keeps 8 bits
+    stacked = {
+        scale: torch.from_numpy(np.stack(values).astype(np.float32)).unsqueeze(1) for scale, values in images.items() if values
+    }
+    return read, stacked, rejected
+
+
+def _many(path: str) -> bool:
+    return Path(path).is_dir() or any(c in path for c in "*?[")
+
+
+def predict(run: str, paths: Sequence[str], *, maps: str | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Scores of files: {"predictions": [{"path", "scores", "above"}], "rejected": [{"path", "reason"}]}.
+
+    maps: a folder that receives a heat map (PNG) per file and label.
+    """
+    device = pick_device()
+    predictor = load_predictor(run, device)
+    photometry, geometry = Photometry.from_dict(predictor.info["photometry"]), Geometry.from_dict(predictor.info["geometry"])
+    predictions, rejected = [], []
+    batches = [paths[i : i + 32] for i in range(0, len(paths), 32)]
+    with Progress("predict", len(paths), unit="files", quiet=quiet) as progress:
+        for batch in batches:
+            read, images, bad = read_files(batch, predictor.scales, photometry, geometry)
+            rejected += bad
+            if read:
+                scores = predictor.scores({scale: values.to(device) for scale, values in images.items()})
+                for path, row in zip(read, scores):
+                    values = {label: float(value) for label, value in zip(predictor.labels, row)}
+                    above = {label: value >= predictor.info["thresholds"][label] for label, value in values.items()}
+                    predictions.append({"path": path, "scores": values, "above_threshold": above})
+                if maps:
+                    _write_maps(Path(maps), predictor, read, images[predictor.scales[0]].to(device))
+            progress.advance(len(batch))
+    if not predictions:
+        raise CarinaError(f"none of the {len(rejected)} files could be read; the first reason: {rejected[0]['reason']}")
+    return {
+        "kind": predictor.info["kind"],
+        "score": predictor.info["score"],
+        "thresholds": predictor.info["thresholds"],
+        "predictions": predictions,
+        "rejected": rejected,
+    }
+
+
+def _write_maps(folder: Path, predictor, paths: list[str], images: torch.Tensor) -> None:
+    from carina.evaluate.report.figures import example
+
+    member = predictor.members[0]
+    for column, label in enumerate(predictor.labels):
+        heats = heat_maps(member, images, column)
+        for path, image, heat in zip(paths, images.cpu(), heats):
+            picture = example(image[0].numpy(), heat, None, False)
+            with atomic_path(folder / f"{Path(path).stem}-{label}.png") as temporary:
+                temporary.write_bytes(picture)
+
+
+class EmbedSettings(Section):
+    out: str
+    where: str | None = None
+    scale: int | None = None
+    rows: str = "all"
+
+
+def embed(run: str, sources: Sequence[str], overrides: Any = (), *, quiet: bool = False) -> dict[str, Any]:
+    """Features of a store's rows (image_id, patient_id, split, features) or of files (path, features) as Parquet."""
+    given = overrides if isinstance(overrides, dict) else parse_overrides(overrides)
+    settings = validate(EmbedSettings, given, "embed")
+    device = pick_device()
+    backbone = load_backbone(run).to(device).eval()
+    if len(sources) == 1 and (Path(sources[0]) / "store.json").is_file():
+        selection = select(sources[0], rows=settings.rows, where=settings.where)
+        table, rejected = _embed_store(backbone, selection, settings.scale, device, quiet), []
+    else:
+        table, rejected = _embed_files(run, backbone, sources, device)
+    write_table(settings.out, table)
+    return {"out": settings.out, "images": len(table), "dimension": backbone.dimension, "rejected": rejected}
+
+
+def scale_for(backbone: Backbone, selection: Selection, scale: int | None) -> int:
+    """The wanted scale, or the smallest of the store that is not below the backbone's size."""
+    scales = sorted(set.intersection(*(set(store.scales) for store in selection.stores)))
+    chosen = scale or next((s for s in scales if s >= backbone.spec.size), scales[-1])
+    for store in selection.stores:
+        store.check_scale(chosen)
+    return chosen
+
+
+@torch.no_grad()
+def _embed_store(backbone: Backbone, selection: Selection, scale: int | None, device, quiet: bool) -> pa.Table:
+    scale = scale_for(backbone, selection, scale)
+    parts = []
+    with Progress("embed", len(selection), unit="images", quiet=quiet) as progress:
+        for _, images in in_order(selection, scale, device):
+            parts.append(backbone.features(images).float().cpu().numpy())
+            progress.advance(len(images))
+    columns = {name: pa.array(selection.table[name].tolist()) for name in ("image_id", "patient_id", "split")}
+    return pa.table({**columns, "features": _vectors(np.concatenate(parts))})
+
+
+def _vectors(features: np.ndarray) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
+
+
+@torch.no_grad()
+def _embed_files(run: str, backbone: Backbone, sources: Sequence[str], device) -> tuple[pa.Table, list[dict[str, str]]]:
+    from carina.files import read_json
+
+    facts = {}
+    for inner in ("backbone/carina.json", "carina.json", "predictor/predictor.json", "predictor.json"):
+        if (Path(run) / inner).is_file():
+            facts = read_json(Path(run) / inner)
+            break
+    photometry = Photometry.from_dict(facts["photometry"]) if "photometry" in facts else Photometry()
+    geometry = Geometry.from_dict(facts["geometry"]) if "geometry" in facts else Geometry()
+    read, images, rejected = read_files(sources, [backbone.spec.size], photometry, geometry)
+    if not read:
+        raise CarinaError(f"none of the {len(rejected)} files could be read; the first reason: {rejected[0]['reason']}")
+    batches = images[backbone.spec.size].split(64)
+    features = np.concatenate([backbone.features(batch.to(device)).float().cpu().numpy() for batch in batches])
+    return pa.table({"path": pa.array(read), "features": _vectors(features)}), rejected
+
+
+def terminal_table(result: dict[str, Any]) -> Any:
+    """The scores for a terminal; those above their threshold are marked."""
+    from rich.table import Table
+
+    labels = list(result["predictions"][0]["scores"])
+    table = Table(title=f"{result['kind']}: {result['score']} (* at or above the threshold)")
+    table.add_column("file")
+    for label in labels:
+        table.add_column(label, justify="right")
+    for row in result["predictions"]:
+        cells = [f"{row['scores'][label]:.3f}{'*' if row['above_threshold'][label] else ' '}" for label in labels]
+        table.add_row(Path(row["path"]).name, *cells)
+    for row in result["rejected"]:
+        table.add_row(Path(row["path"]).name, *[f"rejected: {row['reason']}", *[""] * (len(labels) - 1)])
+    return table

@@ -1,0 +1,1 @@
+"""Fine-tuning: backbone + store -> predictor."""

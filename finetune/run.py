@@ -1,0 +1,286 @@
+"""The verb finetune: backbone + store -> predictor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from carina.data.batches import in_order, intensity
+from carina.data.labels import ABNORMAL, to_targets
+from carina.data.manifest import seen_rows, write_manifest
+from carina.data.splits import patient_folds, patient_subset
+from carina.data.store import Selection, select
+from carina.errors import CarinaError
+from carina.finetune.anomaly import Pasting, cross_fitted_distances, distances, fit_scorer
+from carina.finetune.classify import Classification, probe
+from carina.finetune.recipe import FinetuneRecipe
+from carina.metrics.ranking import youden
+from carina.models.backbones import EXTERNAL, Backbone, load_backbone
+from carina.models.hub import predictor_card
+from carina.models.predictor import Member, Predictor, save_predictor
+from carina.recipes import build
+from carina.runs import Run
+from carina.training.engine import Engine, pick_device, resolved
+
+
+def recipe_model(name: str) -> type[FinetuneRecipe]:
+    return FinetuneRecipe
+
+
+def finetune(
+    name: str, overrides: Any = (), *, resume: bool = False, dry_run: bool = False, quiet: bool = False
+) -> dict[str, Any]:
+    """Run the recipe `name` (classify, anomaly or a YAML file) with overrides; returns facts of the run."""
+    recipe = build("finetune", FinetuneRecipe, name, overrides)
+    _check(recipe, dry_run)
+    recipe = resolved(recipe, recipe.out, resume)
+    torch.set_num_threads(recipe.threads)
+    everything = select(recipe.store, where=recipe.where)
+    train, held_out = _rows(recipe, everything)
+    scale, size = _scale_and_size(recipe, everything)
+    for store in everything.stores:
+        store.check_scale(scale)
+    mean, std = intensity(train, scale)
+    reference = f"random:{recipe.architecture}" if recipe.backbone == "random" else recipe.backbone
+    backbone = load_backbone(
+        reference, size=size, architecture=recipe.architecture, seed=recipe.seed, mean=mean, std=std
+    )
+    work = _Work(recipe, train, held_out, backbone, scale, quiet)
+    if dry_run:
+        return work.dry_run()
+    run = work.start(resume)
+    facts = work.train(run, resume)
+    if not work.main:
+        return facts
+    info = work.predictor(run, facts)
+    run.log(f"The predictor is in {run.folder / 'predictor'}")
+    return {"run": str(run.folder), "predictor": str(run.folder / "predictor"), **facts, "thresholds": info["thresholds"]}
+
+
+def _check(recipe: FinetuneRecipe, dry_run: bool) -> None:
+    if not recipe.store:
+        raise CarinaError("finetune needs a store; give store=FOLDER")
+    if not recipe.out and not dry_run:
+        raise CarinaError("finetune needs a place for the run; give out=FOLDER")
+    if not recipe.labels:
+        raise CarinaError("finetune classify needs the findings to learn; give labels=[NAME,...]")
+    if recipe.task == "anomaly" and recipe.labels != [ABNORMAL]:
+        raise CarinaError(f"anomaly detection scores '{ABNORMAL}' and takes no other labels; leave labels= out")
+    if recipe.folds is not None and recipe.fold >= recipe.folds:
+        raise CarinaError(f"fold={recipe.fold} is not one of the {recipe.folds} folds; give 0 to {recipe.folds - 1}")
+    if recipe.folds is not None and recipe.task == "anomaly" and recipe.patients is not None:
+        raise CarinaError("patients= counts labelled patients of classify; anomaly uses every normal of the rows")
+
+
+def _rows(recipe: FinetuneRecipe, everything: Selection) -> tuple[Selection, Selection | None]:
+    """Training rows, and the rows apart from them that set thresholds (None: cross-fitted scores do)."""
+    if recipe.folds is not None:
+        folds = patient_folds(everything.table["patient_id"].tolist(), recipe.folds, recipe.draw)
+        train, held_out = everything.where(folds != recipe.fold), None
+    else:
+        train, held_out = everything.split(recipe.rows), everything.split(recipe.threshold_rows)
+        if not len(train):
+            have = ", ".join(sorted(set(everything.table["split"])))
+            raise CarinaError(f"no row has split={recipe.rows} (the store has {have}); give rows= to match")
+    targets = to_targets(train.targets(recipe.labels), recipe.uncertain)
+    if recipe.task == "anomaly":
+        train = train.where(targets[:, 0] == 0)
+        if not len(train):
+            raise CarinaError("no training row is known to be normal (abnormal = 0); anomaly detection learns from normals")
+        if held_out is not None:
+            held_out = held_out.where(held_out.targets(recipe.labels)[:, 0] == 0)
+    else:
+        train = train.where(~np.isnan(targets).all(axis=1))
+        if recipe.patients is not None:
+            keep = patient_subset(train.table["patient_id"].tolist(), recipe.patients, recipe.draw)
+            train = train.where(keep)
+            # validation patients are labels too: with a count of labelled patients only these are used
+            held_out = None
+        if not len(train):
+            raise CarinaError(f"no training row has a known value of {', '.join(recipe.labels)}; check labels=")
+    return train, held_out if held_out is not None and len(held_out) else None
+
+
+def _scale_and_size(recipe: FinetuneRecipe, selection: Selection) -> tuple[int, int | None]:
+    """The scale that is read, and the size that enters the network (None: the backbone's own)."""
+    scales = sorted(set.intersection(*(set(store.scales) for store in selection.stores)))
+    if not scales:
+        raise CarinaError("the stores share no scale; prepare one of them again")
+    if recipe.scale is not None:
+        return recipe.scale, recipe.size or (recipe.scale if recipe.backbone.startswith("random") else None)
+    if recipe.backbone.startswith("random"):
+        scale = recipe.size if recipe.size in scales else scales[-1]
+        return scale, recipe.size or scale
+    own = recipe.size or load_backbone(recipe.backbone, architecture=recipe.architecture).spec.size
+    return next((scale for scale in scales if scale >= own), scales[-1]), recipe.size
+
+
+class _Work:
+    """One fine-tuning run, step by step."""
+
+    def __init__(self, recipe, train: Selection, held_out: Selection | None, backbone: Backbone, scale: int, quiet: bool):
+        self.recipe, self.selection, self.held_out = recipe, train, held_out
+        self.backbone, self.scale, self.quiet = backbone, scale, quiet
+        self.head = None
+        self.device = pick_device()
+        self.engine = self._engine() if recipe.mode == "full" else None
+        self.main = self.engine is None or self.engine.rank == 0
+
+    def _engine(self) -> Engine:
+        recipe = self.recipe
+        settings = recipe
+        if recipe.batch_size > len(self.selection):
+            # few labels: the largest even batch that the rows fill
+            settings = recipe.model_copy(update={"batch_size": max(2, len(self.selection) // 2 * 2)})
+        classify = recipe.task == "classify"
+        task = Classification(self.backbone, recipe) if classify else Pasting(self.backbone, recipe)
+        targets = to_targets(self.selection.targets(recipe.labels), recipe.uncertain) if classify else None
+        return Engine(
+            task,
+            self.selection,
+            settings,
+            scales=[self.scale],
+            masks=not classify,
+            targets=targets,
+            name=f"finetune {recipe.task}",
+            quiet=self.quiet,
+        )
+
+    def dry_run(self) -> dict[str, Any]:
+        if self.engine is None:
+            return {"mode": "frozen", "images": len(self.selection), "note": "frozen features take one forward pass"}
+        return self.engine.dry_run()
+
+    def start(self, resume: bool) -> Run:
+        if not self.main:
+            self.engine.accelerator.wait_for_everyone()
+            return Run(self.recipe.out, quiet=True)
+        run = Run.start(self.recipe.out, "finetune", self.recipe, resume=resume, quiet=self.quiet)
+        if self.engine is not None:
+            self.engine.accelerator.wait_for_everyone()
+        return run
+
+    def train(self, run: Run, resume: bool) -> dict[str, Any]:
+        if self.engine is None:
+            run.log(
+                f"finetune {self.recipe.task}: frozen {self.backbone.spec.name} ({self.backbone.spec.origin}), "
+                f"{len(self.selection)} images, scale {self.scale}"
+            )
+            return {"steps": 0, "images_seen": 0, "hours": 0.0, "world_size": 1}
+        facts = self.engine.fit(run, resume=resume)
+        self.backbone = self.engine.task.backbone
+        self.head = getattr(self.engine.task, "head", None)
+        return facts
+
+    @torch.no_grad()
+    def features(self, selection: Selection) -> np.ndarray:
+        """(N, D) float32, in full precision and evaluation mode."""
+        network = self.backbone.to(self.device).eval()
+        parts = [network.features(images).float().cpu() for _, images in in_order(selection, self.scale, self.device)]
+        return torch.cat(parts).numpy()
+
+    def predictor(self, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
+        recipe = self.recipe
+        self.backbone.eval()
+        if recipe.task == "classify":
+            member, extra = self._classifier()
+        else:
+            member, extra = self._detector()
+        member = member.cpu().eval()
+        table = self.selection.table
+        saw = "normals only" if recipe.task == "anomaly" else "labelled images"
+        info = {
+            "kind": recipe.task,
+            "mode": recipe.mode,
+            "labels": recipe.labels,
+            "stack": {label: [1.0] for label in recipe.labels},
+            "photometry": self.selection.photometry,
+            "geometry": self.selection.geometry,
+            "synthetic": self.selection.synthetic,
+            "labels_used": self._labels_used(),
+            "finetune_saw": saw,
+            "data": {"images": len(table), "patients": int(table["patient_id"].nunique())},
+            "store_hashes": self.selection.hashes,
+            "seed": recipe.seed,
+            "draw": recipe.draw,
+            "folds": recipe.folds,
+            "fold": recipe.fold if recipe.folds is not None else None,
+            "where": recipe.where,
+            "training": facts,
+            **extra,
+        }
+        predictor = Predictor(info, [member])
+        members = [{"backbone": member.backbone.spec.to_dict(), "scale": self.scale}]
+        save_predictor(run.folder / "predictor", predictor, predictor_card({**info, "members": members}, [], None))
+        rows = seen_rows(self.selection, f"finetune {recipe.task}")
+        write_manifest(
+            run.folder, rows, began_with=recipe.backbone, natural_images=recipe.backbone in EXTERNAL
+        )
+        return info
+
+    def _labels_used(self) -> str:
+        if self.recipe.task == "anomaly":
+            return "the normal flag" + (" and validation normals" if self.held_out is not None else "")
+        patients = self.selection.table["patient_id"].nunique()
+        return f"{patients} patients" + (" and validation for thresholds" if self.held_out is not None else "")
+
+    def _classifier(self) -> tuple[Member, dict[str, Any]]:
+        recipe = self.recipe
+        extra: dict[str, Any] = {"score": "probability"}
+        crossed = None
+        if recipe.mode == "frozen":
+            targets = to_targets(self.selection.targets(recipe.labels), recipe.uncertain)
+            head, chosen, crossed = probe(
+                self.features(self.selection),
+                targets,
+                self.selection.table["patient_id"].tolist(),
+                recipe.labels,
+                recipe.probe,
+                recipe.seed,
+            )
+            extra["probe"] = chosen
+        else:
+            head = self.head.float()
+        member = Member(self.backbone.to("cpu"), self.scale, head.to("cpu"), None).eval()
+        if self.held_out is not None:
+            rows, source = self.held_out, "validation patients (Youden)"
+            with torch.no_grad():
+                scores = member.from_features(torch.from_numpy(self.features(rows)).cpu()).double().numpy()
+        else:
+            rows, scores, source = self.selection, crossed, "cross-fitted training scores (Youden)"
+        extra["thresholds"], extra["thresholds_from"] = {}, source
+        for column, label in enumerate(recipe.labels):
+            if scores is None:
+                continue
+            target = to_targets(rows.targets([label]))[:, 0]
+            use = ~np.isnan(target) & ~np.isnan(scores[:, column])
+            if len(np.unique(target[use])) == 2:
+                extra["thresholds"][label] = float(youden(target[use], scores[use, column]))
+        for label in recipe.labels:
+            if label not in extra["thresholds"]:
+                extra["thresholds"][label] = 0.5
+                extra["thresholds_from"] = f"{source}; 0.5 where those hold one class only or nothing was cross-fitted"
+        return member, extra
+
+    def _detector(self) -> tuple[Member, dict[str, Any]]:
+        recipe = self.recipe
+        normals = self.features(self.selection)
+        scorer = fit_scorer(normals, recipe.scorer)
+        if self.held_out is not None:
+            scores, source = distances(scorer, self.features(self.held_out)), "validation normals"
+        else:
+            patients = self.selection.table["patient_id"].tolist()
+            scores = cross_fitted_distances(normals, patients, recipe.scorer, recipe.seed)
+            source = "cross-fitted training normals"
+        threshold = float(np.quantile(scores, 1 - recipe.false_positive_rate))
+        member = Member(self.backbone.to("cpu"), self.scale, None, scorer)
+        return member, {
+            "score": "distance",
+            "scorer": recipe.scorer.model_dump(),
+            "thresholds": {ABNORMAL: threshold},
+            "thresholds_from": f"{source} ({recipe.false_positive_rate:.0%} false positives)",
+        }
+
+

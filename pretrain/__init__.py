@@ -1,0 +1,1 @@
+"""Pretraining: store -> backbone."""

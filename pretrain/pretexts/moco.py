@@ -1,0 +1,121 @@
+"""MoCo v2 (Chen et al., arXiv 2003.04297): a query must find its key among the keys of earlier batches.
+
+Differences from the paper, all for small medical corpora: the queue holds at most half the corpus; keys of the same
+patient are no negatives; the key network's batch norm sees shuffled groups, which also works on one process; the views
+are those that keep the meaning of a radiograph (no flip, no cutout); every scale has its own queue.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather
+from lightly.models.modules import MoCoProjectionHead
+from lightly.models.utils import deactivate_requires_grad, update_momentum
+from pydantic import Field
+from torch import nn
+
+from carina.data.batches import Batch
+from carina.draws import permutation
+from carina.errors import CarinaError
+from carina.imaging.views import make_view
+from carina.models.backbones import Backbone, seeded
+from carina.pretrain.pretexts import Corpus
+from carina.recipes import Section
+
+GROUPS = 4  # of the key batch; each has batch statistics of its own
+
+
+class MoCoSettings(Section):
+    weight: float
+    temperature: Annotated[float, Field(gt=0)]
+    momentum: Annotated[float, Field(ge=0, le=1)]
+    queue: Annotated[int, Field(ge=1)]
+    dimension: Annotated[int, Field(ge=2)]
+    exclude: Literal["image", "study", "patient"]
+
+
+class MoCo(nn.Module):
+    needs_masks = False
+    healthy = "the loss rises while the queue fills, then falls for the whole run; flat at log(queue) means no learning"
+
+    def __init__(self, backbone: Backbone, settings: MoCoSettings, corpus: Corpus):
+        super().__init__()
+        self.settings, self.corpus = settings, corpus
+        width = backbone.dimension
+        with seeded(corpus.seed, "moco head"):
+            self.head = MoCoProjectionHead(width, width, settings.dimension)
+        self.key_backbone = copy.deepcopy(backbone)
+        self.key_head = copy.deepcopy(self.head)
+        deactivate_requires_grad(self.key_backbone)
+        deactivate_requires_grad(self.key_head)
+        self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
+        if self.has_batch_norm and corpus.micro_batch < 2 * GROUPS:
+            raise CarinaError(
+                f"moco with batch norm needs at least {2 * GROUPS} images a process and micro-batch, not "
+                f"{corpus.micro_batch}; raise batch_size or lower accumulate"
+            )
+        length = min(settings.queue, corpus.count // 2) // corpus.batch_size * corpus.batch_size
+        if length == 0:
+            raise CarinaError(
+                f"moco's queue may hold half of the {corpus.count} images, which is less than one batch of "
+                f"{corpus.batch_size}; give batch_size={corpus.count // 2} or less"
+            )
+        for scale in corpus.scales:
+            with seeded(corpus.seed, f"moco queue {scale}"):
+                keys = F.normalize(torch.randn(length, settings.dimension), dim=1)
+            self.register_buffer(f"queue_{scale}", keys)
+            self.register_buffer(f"owners_{scale}", torch.full((length,), -1, dtype=torch.int64))
+        self.register_buffer("places", torch.zeros(len(corpus.scales), dtype=torch.int64))
+        self.pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+
+    def views(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        settings, size = self.corpus.views, self.corpus.size_of(batch.scale)
+        return (
+            make_view(batch.images, batch.draws.part("moco query"), settings, size),
+            make_view(batch.images, batch.draws.part("moco key"), settings, size),
+        )
+
+    @torch.no_grad()
+    def keys(self, images: torch.Tensor, key: tuple[int, ...]) -> torch.Tensor:
+        """Keys (B, D) of unit length. With batch norm the batch is dealt into shuffled groups (shuffling batch norm)."""
+        if not self.has_batch_norm:
+            return F.normalize(self.key_head(self.key_backbone(images)).float(), dim=1)
+        order = torch.from_numpy(permutation(len(images), "moco groups", *key)).to(images.device)
+        groups = [self.key_head(self.key_backbone(images[part])) for part in order.tensor_split(GROUPS)]
+        keys = F.normalize(torch.cat(groups).float(), dim=1)
+        return keys[torch.argsort(order)]
+
+    def loss(self, backbone: Backbone, views: tuple[torch.Tensor, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
+        """InfoNCE over one positive and the queue, without the keys of the query's own patient."""
+        queries = F.normalize(self.head(backbone(views[0])).float(), dim=1)
+        keys = self.keys(views[1], batch.key)
+        owners = batch.groups[self.settings.exclude]
+        queue, queue_owners = getattr(self, f"queue_{batch.scale}"), getattr(self, f"owners_{batch.scale}")
+        with torch.autocast(queries.device.type, enabled=False):
+            positive = (queries * keys).sum(dim=1, keepdim=True)
+            negative = queries @ queue.T.clone()
+        negative = negative.masked_fill(owners[:, None] == queue_owners[None, :], float("-inf"))
+        logits = torch.cat([positive, negative], dim=1) / self.settings.temperature
+        target = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        self.pending.append((batch.scale, keys, owners))
+        accuracy = (logits.argmax(dim=1) == 0).float().mean()
+        return {"loss": F.cross_entropy(logits, target), "accuracy": accuracy.detach()}
+
+    @torch.no_grad()
+    def after_step(self, backbone: Backbone, step: int) -> None:
+        """Let the key network follow, then put the step's keys of all ranks into the queue."""
+        update_momentum(backbone, self.key_backbone, self.settings.momentum)
+        update_momentum(self.head, self.key_head, self.settings.momentum)
+        for scale, keys, owners in self.pending:
+            keys, owners = gather(keys.contiguous()), gather(owners.contiguous())
+            queue, queue_owners = getattr(self, f"queue_{scale}"), getattr(self, f"owners_{scale}")
+            index = self.corpus.scales.index(scale)
+            start = int(self.places[index])
+            queue[start : start + len(keys)] = keys
+            queue_owners[start : start + len(keys)] = owners
+            self.places[index] = (start + len(keys)) % len(queue)
+        self.pending.clear()

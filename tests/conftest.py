@@ -1,0 +1,52 @@
+"""What every test may use: the real radiographs, a private configuration folder, the real command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real radiographs; skipped when absent, failed when CARINA_REQUIRE_DATA=1."""
+    folder = Path(os.environ.get("CARINA_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "SOURCES.md").is_file():
+        message = f"no real radiographs at {folder}; set CARINA_TEST_DATA"
+        if os.environ.get("CARINA_REQUIRE_DATA") == "1":
+            pytest.fail(message + " (CARINA_REQUIRE_DATA=1)")
+        pytest.skip(message)
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_settings(tmp_path_factory):
+    """Keys and path tables go to a folder of the test session, never to the developer's own."""
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CARINA_TEST_CUDA", "")
+    os.environ.pop("CARINA_KEY", None)
+
+
+@pytest.fixture(scope="session")
+def carina():
+    """Run the real command: ``carina("prepare", folder, "out=store")``; checks the exit code and returns the process."""
+
+    def call(*arguments, code: int = 0, env: dict | None = None, timeout: float = 600):
+        done = subprocess.run(
+            [sys.executable, "-m", "carina", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, **(env or {})},
+        )
+        assert done.returncode == code, f"exit {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
+        if code == 2:
+            assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    return call
