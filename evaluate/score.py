@@ -151,12 +151,16 @@ def overlap_sentence(found: dict[str, Any]) -> str:
     """What of the test patients was seen before, in words; unknown is not taken for clean."""
     if not found["known"]:
         return "What the backbone was trained on is unknown, so it may have seen these patients."
-    parts = [
-        f"{seen['patients']} of {found['patients']} test patients were seen in {stage} ({seen['images_of_those']} images, "
-        f"{seen['identical_images']} of all test images identical to one that was seen)"
+    clean = [stage for stage, seen in found["stages"].items() if not seen["patients"] and not seen["identical_images"]]
+    parts = [f"none of the {found['patients']} test patients was seen in {' or '.join(clean)}"] if clean else []
+    parts += [
+        f"{seen['patients']} of {found['patients']} test patients were seen in {stage} ({seen['images_of_those']} of their "
+        f"images are scored here, {seen['identical_images']} are identical to one that was seen)"
         for stage, seen in found["stages"].items()
+        if stage not in clean
     ]
     text = "; ".join(parts) + "."
+    text = text[0].upper() + text[1:]
     return text if found["complete"] else text + " A part of the backbone's past is unknown."
 
 

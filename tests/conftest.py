@@ -50,3 +50,48 @@ def carina():
         return done
 
     return call
+
+
+@pytest.fixture(scope="session")
+def phantom_folder(tmp_path_factory) -> Path:
+    """Synthetic radiographs of 48 patients, DICOM and PNG, with their table labels.csv."""
+    from carina.data.phantoms import write_phantoms
+
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_phantoms(folder, patients=48, seed=3, size=128, file_format="mixed")
+    return folder
+
+
+PHANTOM_COLUMNS = {
+    "patient": "patient_id",
+    "study": "study_id",
+    "view": "view",
+    "sex": "sex",
+    "age": "age",
+    "labels": ["Opacity", "Nodule", "Effusion", "Cardiomegaly", "Pneumothorax", "abnormal"],
+    "lesions": {"Opacity": "mask_Opacity", "Nodule": "mask_Nodule"},
+    "synthetic": True,
+    "source": "phantoms",
+}
+
+
+@pytest.fixture(scope="session")
+def phantom_store(phantom_folder, tmp_path_factory) -> Path:
+    """Those radiographs prepared at 32 and 64 px."""
+    from carina.intake.prepare import prepare
+
+    out = tmp_path_factory.mktemp("stores") / "phantoms"
+    given = {"out": str(out), "scales": [32, 64], "mask": "lung_mask", "workers": 1, **PHANTOM_COLUMNS}
+    prepare(str(phantom_folder / "labels.csv"), given, quiet=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def pretrained(phantom_store, tmp_path_factory) -> Path:
+    """A run of debug/moco_anatpaste on them."""
+    from carina.pretrain.run import pretrain
+
+    out = tmp_path_factory.mktemp("runs") / "pretrained"
+    given = {"store": str(phantom_store), "out": str(out), "steps": 6, "batch_size": 16, "threads": 1}
+    pretrain("debug/moco_anatpaste", given, quiet=True)
+    return out

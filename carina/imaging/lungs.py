@@ -31,9 +31,8 @@ _PLACES = (
 # An ordinary chest picture, and how far pictures commonly stray from it (one standard deviation).
 _USUAL = (0.50, 0.38, 0.10, 0.84)
 _STRAY = (0.05, 0.07, 0.08, 0.11)
-_EFFECT = (
-    0.2  # a difference of less than this many standard deviations is less than "small" (Cohen 1988): no lungs seen
-)
+# A difference of less than this many standard deviations is less than "small" (Cohen 1988): no lungs are seen.
+_EFFECT = 0.2
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def lung_mask(image: np.ndarray) -> LungMask:
 
     image: (H, W) float32 in [0, 1], bright = dense. Where the result is not plausible (a side missing, very unequal
     sides, far too small or large, no darker than what is around), the template alone is given, with
-    ``plausible=False``, to be counted. The same pixels give the same mask on any machine and number of threads.
+    ``plausible=False``, to be counted. The mask does not depend on the number of threads.
     """
     area = collimated(image)
     inside = np.ascontiguousarray(image[area])

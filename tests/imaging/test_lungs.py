@@ -76,5 +76,5 @@ def test_real_masks_are_met_better_than_by_two_ellipses(real_data):
         ours.append(overlap(lung_mask(image).mask, truth))
         fixed.append(overlap(ellipses(*truth.shape), truth))
     assert len(ours) >= 80
-    assert np.mean(ours) >= 0.71, np.mean(ours)
+    assert np.mean(ours) >= 0.715, np.mean(ours)
     assert np.mean(ours) > np.mean(fixed) + 0.05

@@ -1,0 +1,213 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+
+from carina.data.store import Store, read_images, read_masks, select
+from carina.errors import CarinaError
+from carina.intake import images as intake_images
+from carina.intake.prepare import prepare
+
+STORE_FILES = {"table.parquet", "store.json", "rejected.parquet", "contact.png"}
+
+
+def radiograph(seed: int, height: int = 90, width: int = 110) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    smooth = cv2.GaussianBlur(rng.normal(size=(height, width)), (0, 0), 6)
+    return np.uint8(255 * (smooth - smooth.min()) / np.ptp(smooth))
+
+
+def folder_of(tmp_path, count=6):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(count):
+        cv2.imwrite(str(folder / f"p{i // 2}_{i}.png"), radiograph(i))
+    return folder
+
+
+def digest(store) -> dict[str, bytes]:
+    return {p.relative_to(store).as_posix(): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
+
+
+def test_a_store_holds_exactly_these_files_and_truth(phantom_store, phantom_folder):
+    files = {p.relative_to(phantom_store).as_posix() for p in phantom_store.rglob("*") if p.is_file()}
+    assert files == STORE_FILES | {f"{k}/{s}/00000.arrow" for k in ("images", "masks") for s in (32, 64)}
+    store, truth = Store(phantom_store), pd.read_csv(phantom_folder / "labels.csv", dtype={"patient_id": str})
+    assert len(store) == len(truth) and store.table["patient_id"].nunique() == truth["patient_id"].nunique()
+    assert not set(store.table["patient_id"]) & set(truth["patient_id"])
+    for label in ("Opacity", "Nodule", "Effusion", "Cardiomegaly", "Pneumothorax", "abnormal"):
+        assert (store.table[f"label.{label}"] == 1).sum() == (truth[label] == 1).sum()
+    assert store.table.groupby("patient_id")["split"].nunique().max() == 1
+    rows = range(len(store))
+    lungs = read_masks(phantom_store, store.table, rows, 64)
+    assert (lungs.mean(axis=(1, 2)) > 0.05).all() and set(store.table["lungs_source"]) == {"file"}
+    nodules = read_masks(phantom_store, store.table, rows, 64, "lesion.Nodule").any(axis=(1, 2))
+    sick = (store.table["label.Nodule"] == 1).to_numpy()
+    assert not nodules[~sick].any() and nodules[sick].mean() > 0.8
+    boxes = store.table.loc[nodules, "boxes"]
+    assert all(any(b["label"] == "Nodule" and b["x0"] < b["x1"] <= 1 for b in row) for row in boxes)
+
+
+def test_datasets_reads_the_shards(phantom_store):
+    shard = Dataset.from_file(str(phantom_store / "images" / "64" / "00000.arrow"))
+    store = Store(phantom_store)
+    assert shard[3]["image_id"] == store.table["image_id"][3]
+    np.testing.assert_array_equal(
+        np.frombuffer(shard[3]["image"], np.uint8).reshape(64, 64), read_images(phantom_store, store.table, [3], 64)[0]
+    )
+
+
+def test_the_same_files_give_the_same_bytes_with_any_number_of_workers(tmp_path):
+    folder = folder_of(tmp_path, 40)
+    for workers in (1, 2):
+        out = str(tmp_path / f"store{workers}")
+        prepare(str(folder), {"out": out, "scales": [32], "workers": workers, "patient_regex": r"p\d+"}, quiet=True)
+    assert digest(tmp_path / "store1") == digest(tmp_path / "store2")
+
+
+def test_bad_files_are_counted_listed_and_left_out(tmp_path):
+    folder = folder_of(tmp_path)
+    (folder / "broken.png").write_bytes((folder / "p0_0.png").read_bytes()[:200])
+    (folder / "words.dcm").write_text("no image at all")
+    (folder / "notes.txt").write_text("skipped")
+    info = prepare(str(folder), {"out": str(tmp_path / "store"), "scales": [32]}, quiet=True)
+    assert info["counts"]["images"] == 6 and info["counts"]["rejected"] == 2
+    rejected = pq.read_table(tmp_path / "store" / "rejected.parquet").to_pylist()
+    assert all(row["reason"] and "broken" not in str(row) and "words" not in str(row) for row in rejected)
+    paths = {row["image_id"]: row["path"] for row in pq.read_table(info["paths"]).to_pylist()}
+    assert {paths[row["image_id"]].rsplit("/", 1)[1] for row in rejected} == {"broken.png", "words.dcm"}
+
+
+def test_a_decoder_that_dies_costs_one_file(tmp_path, monkeypatch):
+    """The pool is told that its worker died; the file that kills is left out and the others are kept."""
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+    from carina.intake import prepare as module
+
+    def dies(*_, **__):
+        raise TerminatedWorkerError("a worker was killed")
+
+    class Pool:
+        def __init__(self, *_, **__):
+            pass
+
+        def __call__(self, tasks):
+            return (dies() for _ in tasks)
+
+    monkeypatch.setattr(module, "Parallel", Pool)
+    monkeypatch.setattr(intake_images, "prepare_files", _kill_on_third)
+    info = prepare(str(folder_of(tmp_path)), {"out": str(tmp_path / "store"), "scales": [32]}, quiet=True)
+    assert info["counts"]["images"] == 5 and info["counts"]["reasons"] == {"its decoder crashed": 1}
+
+
+def _kill_on_third(items, settings):
+    if items[0].relative.endswith("_3.png"):
+        import os
+
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return [intake_images.prepare_file(item, settings) for item in items]
+
+
+def test_interrupted_and_given_again_it_continues_to_the_same_bytes(tmp_path, monkeypatch):
+    from carina.intake import prepare as module
+
+    monkeypatch.setattr(module, "SHARD_SIZE", 16)
+    folder = folder_of(tmp_path, 48)
+    given = {"scales": [32], "workers": 1}
+    prepare(str(folder), {"out": str(tmp_path / "whole"), **given}, quiet=True)
+    calls = []
+    original = module._Work._prepare
+
+    def interrupted(self, items, progress):
+        calls.append(len(items))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, items, progress)
+
+    monkeypatch.setattr(module._Work, "_prepare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(folder), {"out": str(tmp_path / "again"), **given}, quiet=True)
+    with pytest.raises(CarinaError, match="has not finished"):
+        Store(tmp_path / "again")
+    with pytest.raises(CarinaError, match="another recipe"):
+        prepare(str(folder), {"out": str(tmp_path / "again"), "scales": [64]}, quiet=True)
+    prepare(str(folder), {"out": str(tmp_path / "again"), **given}, quiet=True)
+    assert len(calls) == 4, "the first shard was not done again"
+    assert digest(tmp_path / "whole") == digest(tmp_path / "again")
+
+
+def test_killed_in_the_middle_it_continues(tmp_path):
+    folder = folder_of(tmp_path, 400)
+    words = [sys.executable, "-m", "carina", "prepare", str(folder), f"out={tmp_path / 'store'}", "scales=[256]", "workers=2"]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "store" / "plan.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.kill()
+    process.wait()
+    subprocess.run([*words, "--quiet"], check=True)
+    assert len(Store(tmp_path / "store")) == 400
+
+
+def test_splits_of_a_csv_are_kept_and_labels_checked(tmp_path):
+    folder = folder_of(tmp_path)
+    table = pd.DataFrame({"path": sorted(p.name for p in folder.glob("*.png"))})
+    table["who"] = [name[:2] for name in table["path"]]
+    table["fold"] = ["train", "train", "val", "val", "test", "test"]
+    table["Mass"] = ["1", "0", "", "-1", "0", "1"]
+    table.to_csv(folder / "labels.csv", index=False)
+    given = {"out": str(tmp_path / "store"), "scales": [32], "patient": "who", "split": "fold", "labels": ["Mass"]}
+    prepare(str(folder / "labels.csv"), given, quiet=True)
+    store = Store(tmp_path / "store")
+    assert store.table["split"].tolist() == table["fold"].tolist()
+    np.testing.assert_array_equal(store.table["label.Mass"], [1, 0, np.nan, -1, 0, 1])
+    for wrong, message in (({"labels": ["Maas"]}, "no column 'Maas'.*did you mean 'Mass'"), ({"split": "who"}, "holds 'p0'")):
+        with pytest.raises(CarinaError, match=message):
+            prepare(str(folder / "labels.csv"), {**given, "out": str(tmp_path / "other"), **wrong}, quiet=True)
+
+
+def test_stores_join_under_one_key_only(tmp_path):
+    folder = folder_of(tmp_path)
+    for name in ("a", "b", "c"):
+        key = tmp_path / f"key-{'ab' if name in 'ab' else 'c'}"
+        key.write_text(f"a secret of some length {key.name}\n")
+        given = {"out": str(tmp_path / name), "scales": [32], "key": str(key), "source": name, "patient_regex": r"p\d"}
+        prepare(str(folder), given, quiet=True)
+    both = select([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert len(both) == 12
+    np.testing.assert_array_equal(both.images([1], 32), both.images([7], 32))
+    assert len(select(str(tmp_path / "a"), where="source == 'a' and height > 50")) == 6
+    with pytest.raises(CarinaError, match="different keys"):
+        select([str(tmp_path / "a"), str(tmp_path / "c")])
+    with pytest.raises(CarinaError, match="no row meets"):
+        select(str(tmp_path / "a"), where="view == 'PA'")
+
+
+@pytest.mark.real
+def test_real_radiographs_with_human_masks(real_data, tmp_path):
+    table = pd.read_csv(real_data / "kermany" / "labels.csv", dtype=str, keep_default_na=False)
+    part = table[table["lung_mask"] != ""].iloc[::40].copy()
+    for column in ("path", "lung_mask"):
+        part[column] = [str(real_data / "kermany" / name) for name in part[column]]
+    part.to_csv(tmp_path / "part.csv", index=False)
+    given = {"out": str(tmp_path / "store"), "scales": [64, 128], "patient": "patient_id", "view": "view"}
+    given |= {"mask": "lung_mask", "labels": ["abnormal"], "split": "suggested_split", "source": "kermany"}
+    info = prepare(str(tmp_path / "part.csv"), given, quiet=True)
+    assert info["counts"]["images"] == len(part) and info["counts"]["lungs_source"] == {"file": len(part)}
+    masks = read_masks(tmp_path / "store", Store(tmp_path / "store").table, range(len(part)), 128)
+    assert (masks.mean(axis=(1, 2)) > 0.08).all()
+
+
+@pytest.mark.real
+def test_every_shared_dicom_file_is_kept_or_rejected_with_a_reason(real_data, tmp_path):
+    info = prepare(str(real_data / "dicom"), {"out": str(tmp_path / "store"), "scales": [64], "workers": 1}, quiet=True)
+    assert info["counts"]["images"] + info["counts"]["rejected"] == 21 and info["counts"]["images"] >= 18
+    assert json.loads((tmp_path / "store" / "store.json").read_text())["counts"] == info["counts"]
