@@ -3,8 +3,8 @@
     python benchmarks/controls.py store=STORE task=classify|anomaly [label=abnormal] [split=test|val+test | folds=5]
                                   [where="view == 'PA'"] [scale=128] [patients=64 draws=5] [out=FILE.json]
 
-A method earns its name where it beats these rows on the same images. Classification is the probe of carina.finetune, its
-strength chosen inside the training patients from the grid of the shipped recipe; anomaly detection is a scorer of
+A method earns its name where it beats these rows on the same images. Classification is the probe of carina.finetune,
+its strength chosen inside the training patients from the grid of the shipped recipe; anomaly detection is a scorer of
 carina.models.scorers fitted on the normal images of the training rows. Intervals are BCa intervals of the patient
 bootstrap.
 """
@@ -31,7 +31,7 @@ from carina.errors import CarinaError
 from carina.files import write_json
 from carina.finetune.anomaly import distances, fit_scorer
 from carina.finetune.classify import probe
-from carina.finetune.recipe import FinetuneRecipe, ScorerSettings
+from carina.finetune.recipe import FinetuneRecipe
 from carina.metrics.intervals import difference, interval
 from carina.metrics.ranking import auroc
 from carina.metrics.resampling import Replicates, replicate
@@ -87,14 +87,25 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Scorer:
+    """A scorer and what is done to features before it: standard (mean 0, deviation 1 among the normals that are fitted)
+    where their units differ, unit (length 1, the recipe's default) for networks."""
+
+    name: Literal["gaussian", "knn"]
+    before: Literal["nothing", "standard", "unit"] = "nothing"
+
+    def __str__(self) -> str:
+        return self.name + {"nothing": "", "standard": ", standardized", "unit": ", unit length"}[self.before]
+
+
+@dataclass(frozen=True)
 class Control:
-    """One row of the table. `describe` makes features (B, D) of a chunk; `before` says what is done to them before a
-    Gaussian: standard for features of different units, unit length (the default of the recipe) for those of networks."""
+    """Features that know nothing of disease. `describe` makes them, (B, D), of a chunk; `scorers` are those of anomaly
+    detection, one row of the table each; `lungs`: lung masks are needed."""
 
     name: str
     describe: Callable[[Rows], np.ndarray]
-    before: Literal["nothing", "standard", "unit"] = "nothing"
-    scorers: tuple[str, ...] = ("gaussian",)
+    scorers: tuple[Scorer, ...] = (Scorer("gaussian"),)
     lungs: bool = False
 
 
@@ -169,11 +180,26 @@ def pooled_features(backbone: Backbone) -> Callable[[Rows], np.ndarray]:
     return describe
 
 
+def blocks_opened(backbone: Backbone) -> Backbone:
+    """The same random network with its residual blocks at work.
+
+    timm starts the last batch norm of every residual block at scale 0, which is good for training but leaves little
+    more than the stem of an untrained network; scale 1 makes the stronger control.
+    """
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d) and not module.weight.any():
+            torch.nn.init.ones_(module.weight)
+    return backbone
+
+
 def controls(scale: int, seed: int) -> list[Control]:
     """The rows in the order of the table. HOG of masked images sees the mask's outline beside what is left."""
     border = _border(HOG_SIDE, round(0.1 * HOG_SIDE))
     ring = _border(RING_SIDE, RING_WIDTH)
-    backbone = random_backbone("resnet18", scale, seed).eval()
+    mixed_units = (Scorer("gaussian", "standard"),)
+    network = (Scorer("gaussian", "unit"), Scorer("knn", "unit"), Scorer("knn"))
+    random = random_backbone("resnet18", scale, seed).eval()
+    opened = blocks_opened(random_backbone("resnet18", scale, seed)).eval()
     return [
         Control("raw pixels", lambda r: resized(r.images, PIXEL_SIDE).reshape(len(r.images), -1)),
         Control("HOG", lambda r: hog(_hog_images(r))),
@@ -182,9 +208,10 @@ def controls(scale: int, seed: int) -> list[Control]:
         Control("HOG, mask silhouette", lambda r: hog(_hog_lungs(r)), lungs=True),
         Control("HOG, outer ring", lambda r: hog(_hog_images(r) * border)),
         Control("pixels, outer ring", lambda r: resized(r.images, RING_SIDE)[:, ring]),
-        Control("nine intensity statistics", statistics, before="standard"),
-        Control("file size", file_size, before="standard"),
-        Control("random ResNet-18", pooled_features(backbone), before="unit", scorers=("gaussian", "knn")),
+        Control("nine intensity statistics", statistics, mixed_units),
+        Control("file size", file_size, mixed_units),
+        Control("random ResNet-18", pooled_features(random), network),
+        Control("random ResNet-18, blocks opened", pooled_features(opened), network),
     ]
 
 
@@ -213,13 +240,13 @@ def fits(arguments: Arguments, table: Any) -> list[tuple[np.ndarray, np.ndarray]
     names = (arguments.split or "test").split("+")
     if "train" in names:
         raise CarinaError(f"split={arguments.split} would score the rows that are trained on; give test or val+test")
-    train, scored = (table["split"].isin(some).to_numpy() for some in (["train"], names))
-    for some, name in ((train, "train"), (scored, "+".join(names))):
-        if not some.any():
+    have = sorted(set(table["split"]))
+    for name in ("train", *names):
+        if name not in have:
             raise CarinaError(
-                f"no row with a known label has split={name} (the store has {', '.join(sorted(set(table['split'])))}); "
-                "give split= to match, or folds=5"
+                f"no row has split={name} (the store has {', '.join(have)}); give split= to match, or folds=5"
             )
+    train, scored = (table["split"].isin(some).to_numpy() for some in (["train"], names))
     return [(train, scored)]
 
 
@@ -235,6 +262,10 @@ class Bench:
         self.fits = [(train[known], scored[known]) for train, scored in every_fit]
         self.patients = self.selection.table["patient_id"].to_numpy()
         self.scored = np.logical_or.reduce([scored for _, scored in self.fits])
+        if not self.scored.any():
+            raise CarinaError(
+                f"no row that would be scored has a known label '{arguments.label}'; check split= and where="
+            )
         self.recipe = build("finetune", FinetuneRecipe, arguments.task, {"labels": [arguments.label]})
 
     def _labelled(self, train: np.ndarray, draw: int) -> np.ndarray:
@@ -256,26 +287,27 @@ class Bench:
         with torch.no_grad():
             return head(torch.from_numpy(features[scored].astype(np.float32)))[:, 0].double().numpy()
 
-    def _anomaly(self, control: Control, scorer: str, features: np.ndarray, train, scored) -> np.ndarray:
-        settings = ScorerSettings(**{**self.recipe.scorer.model_dump(), "name": scorer})
-        settings.normalize = control.before == "unit"
+    def _anomaly(self, scorer: Scorer, features: np.ndarray, train: np.ndarray, scored: np.ndarray) -> np.ndarray:
+        how = {"name": scorer.name, "normalize": scorer.before == "unit"}
+        settings = self.recipe.scorer.model_copy(update=how)
         normal = features[train[self.target[train] == 0]].astype(np.float64)
         rest = features[scored].astype(np.float64)
-        if control.before == "standard":
+        if scorer.before == "standard":
             spread = normal.std(axis=0)
             center, spread = normal.mean(axis=0), np.where(spread > 0, spread, 1.0)
             normal, rest = (normal - center) / spread, (rest - center) / spread
         return distances(fit_scorer(normal, settings), rest)
 
-    def scores(self, control: Control, scorer: str, features: np.ndarray) -> np.ndarray:
+    def scores(self, features: np.ndarray, scorer: Scorer | None) -> np.ndarray:
+        """Of features (N, D) by an anomaly scorer, or by the probe (None)."""
         result = np.full((self.arguments.draws, len(features)), np.nan)
         for draw in range(self.arguments.draws):
             for train, scored in self.fits:
                 rows, test = self._labelled(train, draw), np.flatnonzero(scored)
-                if self.arguments.task == "classify":
+                if scorer is None:
                     result[draw, test] = self._classify(features, rows, test)
                 else:
-                    result[draw, test] = self._anomaly(control, scorer, features, rows, test)
+                    result[draw, test] = self._anomaly(scorer, features, rows, test)
         return result
 
     def replicates(self, scores: np.ndarray, metric: str) -> Replicates:
@@ -305,9 +337,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     if arguments.task == "anomaly" and arguments.label != ABNORMAL:
         raise CarinaError(f"anomaly detection scores '{ABNORMAL}', not '{arguments.label}'; leave label= out")
     if arguments.task == "anomaly" and arguments.patients is not None:
-        raise CarinaError(
-            "patients= counts labelled patients of classify; anomaly uses every normal of the training rows"
-        )
+        raise CarinaError("patients= counts labelled patients of classify; anomaly uses every normal of the train rows")
     if arguments.patients is None and arguments.draws > 1:
         raise CarinaError("draws= repeats patients=, and without it all draws are the same; give patients= as well")
     bench = Bench(arguments, select(arguments.store, where=arguments.where, scales=[arguments.scale]))
@@ -315,22 +345,19 @@ def run(arguments: Arguments) -> dict[str, Any]:
     features = describe(bench.selection, arguments.scale, rows)
     kept: dict[str, Replicates] = {}
     table = []
-    work = [(c, s) for c in rows for s in (c.scorers if arguments.task == "anomaly" else ("probe",))]
+    work = [(c, s) for c in rows for s in (c.scorers if arguments.task == "anomaly" else (None,))]
     with Progress(arguments.task, len(work), unit="rows") as progress:
         for control, scorer in work:
-            entry: dict[str, Any] = {
-                "control": control.name,
-                "method": scorer,
-                "dimension": features[control.name].shape[1],
-            }
-            entry["missing"] = bench.nothing_to_see(control, features[control.name])
-            if not entry["missing"]:
-                scores = bench.scores(control, scorer, features[control.name])
+            values = features[control.name]
+            entry = {"control": control.name, "method": str(scorer or "probe"), "dimension": values.shape[1]}
+            missing = bench.nothing_to_see(control, values)
+            if not missing:
+                scores = bench.scores(values, scorer)
                 kept[control.name] = bench.replicates(scores, "auroc")
                 entry["auroc"] = interval(kept[control.name], 0).to_dict()
                 entry["average_precision"] = interval(bench.replicates(scores, "average_precision"), 0).to_dict()
                 entry["auroc_within_folds"] = bench.within_folds(scores)
-            table.append(entry)
+            table.append({**entry, "missing": missing})
             progress.advance(note=control.name)
     lungs, background = kept.get("HOG, lungs only"), kept.get("HOG, background only")
     return {
@@ -436,7 +463,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except CarinaError as error:
         print(f"controls: {error}", file=sys.stderr)
         return 2
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(shown(result))
     for line in remarks(result):
         console.print(line)

@@ -194,8 +194,11 @@ VERBS: dict[str, Verb] = {
         _evaluate,
     ),
     "compare": Verb(
-        "", "paired differences between two arms.", "carina compare a=runs/a/evaluations/test b=runs/b/evaluations/test",
-        _compare, (0, 0),
+        "",
+        "paired differences between two arms.",
+        "carina compare a=runs/a/evaluations/test b=runs/b/evaluations/test",
+        _compare,
+        (0, 0),
     ),
     "predict": Verb(
         "RUN FILES...",
@@ -271,7 +274,9 @@ def _parser(verb: str) -> argparse.ArgumentParser:
             parser.add_argument(name, metavar=metavar, help=text)
         else:
             parser.add_argument(name, action="store_true", help=text)
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output, all else on standard error")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on standard output, all else on standard error"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress, no notes")
     parser.add_argument("--print", action="store_true", help="the resolved recipe, nothing run")
     return parser

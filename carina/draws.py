@@ -97,7 +97,9 @@ class Draws:
 
     def integers(self, name: str, low: int, high: int) -> np.ndarray:
         """(B,) int64, uniform in [low, high)."""
-        return np.minimum((low + np.floor(self.uniform(name).astype(np.float64) * (high - low))), high - 1).astype(np.int64)
+        return np.minimum((low + np.floor(self.uniform(name).astype(np.float64) * (high - low))), high - 1).astype(
+            np.int64
+        )
 
 
 def permutation(count: int, *key: object) -> np.ndarray:

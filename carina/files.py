@@ -28,7 +28,9 @@ def disk_errors(path: Path) -> Iterator[None]:
                 "command again, or choose another folder with out="
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise CarinaError(f"{path} cannot be written ({error.strerror}); choose another folder with out=") from error
+            raise CarinaError(
+                f"{path} cannot be written ({error.strerror}); choose another folder with out="
+            ) from error
         raise
 
 

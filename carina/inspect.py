@@ -5,7 +5,6 @@ Nothing is shown that names a patient: identifiers appear only as counts, folder
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -25,7 +24,6 @@ STAGES = ("prepare", "pretrain", "finetune", "evaluate")
 BACKBONE_REST = {"kind", "data", "training", "origin", "size"}
 PREDICTOR_REST = {"kind", "data", "training", "stack", "scorer", "probe", "members"}
 EVALUATION_REST = {"synthetic", "labels", "overlap", "resamples", "table"}
-_PLANNED = re.compile(r": [\d,]+ images, ([\d,]+) steps of ")  # the line with which the engine begins its log
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -132,7 +130,7 @@ def _run(folder: Path) -> dict[str, Any]:
 
 
 def _progress(run: Run, recipe: dict[str, Any], metrics: list[dict[str, Any]], finished: bool) -> dict[str, Any]:
-    total = recipe["steps"] or _planned_steps(run)
+    total = run.environment().get("steps_planned")
     done = metrics[-1]["step"] + 1 if metrics else 0
     states = sorted((run.folder / "checkpoints").glob("step-*/state.json"))
     kept = read_json(states[-1])["step"] if states else 0
@@ -150,13 +148,6 @@ def _progress(run: Run, recipe: dict[str, Any], metrics: list[dict[str, Any]], f
         tail = [row["loss"] for row in metrics[-max(1, len(metrics) // 10) :] if row.get("loss") is not None]
         facts["mean_loss_of_last_tenth"] = round(sum(tail) / len(tail), 4) if tail else None
     return facts
-
-
-def _planned_steps(run: Run) -> int | None:
-    """The steps that a recipe with epochs came to; None before training began."""
-    log = run.folder / "log.txt"
-    found = _PLANNED.findall(log.read_text(encoding="utf-8")) if log.is_file() else []
-    return int(found[-1].replace(",", "")) if found else None
 
 
 # -- models ----------------------------------------------------------------------------------------------
@@ -262,8 +253,11 @@ def _evaluation(folder: Path) -> dict[str, Any]:
 
 def _comparison(folder: Path) -> dict[str, Any]:
     result = read_json(folder / "comparison.json")
-    sentences = {row.get("label", str(number)): row["sentence"] for number, row in enumerate(result["rows"])}
-    return {"what": "comparison", "results": sentences}
+    return {
+        "what": "comparison" + (" (synthetic)" if result["synthetic"] else ""),
+        **{key: result[key] for key in ("primary", "images", "patients", "resamples")},
+        "results": {f"{row['metric']} {row['label']}": row["sentence"] for row in result["rows"]},
+    }
 
 
 def _parquet(file: Path) -> dict[str, Any]:

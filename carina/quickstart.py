@@ -75,7 +75,13 @@ class _Stages:
         differences = [self.compare(task, mode, folders) for task in ("classify", "anomaly") for mode in MODES]
         published = self.publish()
         report = folders["classify", "frozen", "pretrained"] / "evaluations" / "test" / "report.html"
-        return {"synthetic": True, "rows": rows, "differences": differences, "published": published, "report": str(report)}
+        return {
+            "synthetic": True,
+            "rows": rows,
+            "differences": differences,
+            "published": published,
+            "report": str(report),
+        }
 
     def prepare(self, findings: list[str]) -> None:
         from carina.data.phantoms import write_phantoms
@@ -93,7 +99,14 @@ class _Stages:
         self.say(f"carina prepare {table} out={self.store} scales={_list(SCALES)} {words} labels={_list(labels)}")
         prepare(
             str(table),
-            {"out": str(self.store), "scales": SCALES, "labels": labels, "synthetic": True, "source": "phantoms", **columns},
+            {
+                "out": str(self.store),
+                "scales": SCALES,
+                "labels": labels,
+                "synthetic": True,
+                "source": "phantoms",
+                **columns,
+            },
             quiet=self.quiet,
         )
 

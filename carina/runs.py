@@ -19,7 +19,17 @@ from carina.files import disk_errors, read_json, write_json, write_text
 from carina.recipes import Section, differences, to_yaml
 
 RECIPE, METRICS, LOG, ENVIRONMENT = "recipe.yaml", "metrics.jsonl", "log.txt", "environment.json"
-PACKAGES = ("torch", "timm", "lightly", "accelerate", "datasets", "numpy", "scikit-learn", "pydicom", "opencv-python-headless")
+PACKAGES = (
+    "torch",
+    "timm",
+    "lightly",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "scikit-learn",
+    "pydicom",
+    "opencv-python-headless",
+)
 
 
 def package_version(name: str) -> str | None:

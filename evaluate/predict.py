@@ -43,7 +43,9 @@ def read_files(
             pixels, _ = resize(radiograph.image, scale, geometry, radiograph.facts.get("spacing"))
             images[scale].append(np.round(pixels * 255) / 255)  # the store keeps 8 bits
     stacked = {
-        scale: torch.from_numpy(np.stack(values).astype(np.float32)).unsqueeze(1) for scale, values in images.items() if values
+        scale: torch.from_numpy(np.stack(values).astype(np.float32)).unsqueeze(1)
+        for scale, values in images.items()
+        if values
     }
     return read, stacked, rejected
 
@@ -59,7 +61,10 @@ def predict(run: str, paths: Sequence[str], *, maps: str | None = None, quiet: b
     """
     device = pick_device()
     predictor = load_predictor(run, device)
-    photometry, geometry = Photometry.from_dict(predictor.info["photometry"]), Geometry.from_dict(predictor.info["geometry"])
+    photometry, geometry = (
+        Photometry.from_dict(predictor.info["photometry"]),
+        Geometry.from_dict(predictor.info["geometry"]),
+    )
     predictions, rejected = [], []
     batches = [paths[i : i + 32] for i in range(0, len(paths), 32)]
     with Progress("predict", len(paths), unit="files", quiet=quiet) as progress:

@@ -218,7 +218,9 @@ def evaluate(runs: str, overrides: Any = (), *, quiet: bool = False) -> dict[str
 def _same_protocol(predictors: list[Predictor]) -> None:
     first = predictors[0].info
     for other in predictors[1:]:
-        changed = [k for k in ("kind", "mode", "labels", "folds", "draw", "where", "score") if other.info[k] != first[k]]
+        changed = [
+            k for k in ("kind", "mode", "labels", "folds", "draw", "where", "score") if other.info[k] != first[k]
+        ]
         if changed:
             raise CarinaError(f"these runs are not folds of one: {', '.join(changed)} differ")
 
@@ -230,9 +232,13 @@ def _report_content(result, frame, done, folders, recipe) -> dict[str, Any]:
     unknown = int(frame["target"].isna().sum())
     word = "*synthetic* " if result["synthetic"] else ""
     best = result["table"][0]
-    headline = "Nothing can be estimated: " + best["note"] if best["auroc"]["value"] is None else (
-        f"AUROC {best['auroc']['value']:.3f} ({best['auroc']['low']:.3f} to {best['auroc']['high']:.3f}) for "
-        f"{best['label']} on {result['images']} {word}images of {result['patients']} patients."
+    headline = (
+        "Nothing can be estimated: " + best["note"]
+        if best["auroc"]["value"] is None
+        else (
+            f"AUROC {best['auroc']['value']:.3f} ({best['auroc']['low']:.3f} to {best['auroc']['high']:.3f}) for "
+            f"{best['label']} on {result['images']} {word}images of {result['patients']} patients."
+        )
     )
     warnings = []
     if result["synthetic"]:
@@ -240,7 +246,9 @@ def _report_content(result, frame, done, folders, recipe) -> dict[str, Any]:
     if any(stage["patients"] for stage in result["overlap"]["stages"].values()) or not result["overlap"]["complete"]:
         warnings.append(result["overlap_sentence"])
     warnings += [f"{row['label']}: {row['note']}" for row in result["table"] if row["note"]]
-    flow = [{"what": "scored", "images": result["images"], "patients": result["patients"], "note": f"split {recipe.split}"}]
+    flow = [
+        {"what": "scored", "images": result["images"], "patients": result["patients"], "note": f"split {recipe.split}"}
+    ]
     flow += [
         {
             "what": f"known {label}",

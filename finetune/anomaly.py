@@ -42,7 +42,9 @@ def distances(scorer: nn.Module, features: np.ndarray) -> np.ndarray:
     return scorer(torch.from_numpy(features.astype(np.float32))).double().numpy()
 
 
-def cross_fitted_distances(features: np.ndarray, patients: list[str], settings: ScorerSettings, seed: int) -> np.ndarray:
+def cross_fitted_distances(
+    features: np.ndarray, patients: list[str], settings: ScorerSettings, seed: int
+) -> np.ndarray:
     """Distances (N,) of every normal from a scorer fitted without its patient's fold.
 
     Scores of the images that were fitted are useless for a threshold: with 684 normals and 512 features a nominal 5 %

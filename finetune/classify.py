@@ -60,7 +60,12 @@ def cross_fitted(features: np.ndarray, target: np.ndarray, folds: np.ndarray, st
 
 
 def probe(
-    features: np.ndarray, targets: np.ndarray, patients: list[str], labels: list[str], settings: ProbeSettings, seed: int
+    features: np.ndarray,
+    targets: np.ndarray,
+    patients: list[str],
+    labels: list[str],
+    settings: ProbeSettings,
+    seed: int,
 ) -> tuple[nn.Linear, dict[str, Any], np.ndarray]:
     """A linear head (L2-regularized logistic regression, one a label) on features (N, D), targets (N, L) with NaN.
 
@@ -95,5 +100,8 @@ def probe(
         weight, bias = _fit(x, y, strength)
         weights.append(weight)
         biases.append(bias)
-        chosen[label] = {"strength": strength, "cross_fitted_auroc": None if estimate is None else round(float(estimate), 4)}
+        chosen[label] = {
+            "strength": strength,
+            "cross_fitted_auroc": None if estimate is None else round(float(estimate), 4),
+        }
     return head_from_arrays(np.stack(weights), np.array(biases)), chosen, crossed

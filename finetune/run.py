@@ -56,7 +56,12 @@ def finetune(
         return facts
     info = work.predictor(run, facts)
     run.log(f"The predictor is in {run.folder / 'predictor'}")
-    return {"run": str(run.folder), "predictor": str(run.folder / "predictor"), **facts, "thresholds": info["thresholds"]}
+    return {
+        "run": str(run.folder),
+        "predictor": str(run.folder / "predictor"),
+        **facts,
+        "thresholds": info["thresholds"],
+    }
 
 
 def _check(recipe: FinetuneRecipe, dry_run: bool) -> None:
@@ -88,7 +93,9 @@ def _rows(recipe: FinetuneRecipe, everything: Selection) -> tuple[Selection, Sel
     if recipe.task == "anomaly":
         train = train.where(targets[:, 0] == 0)
         if not len(train):
-            raise CarinaError("no training row is known to be normal (abnormal = 0); anomaly detection learns from normals")
+            raise CarinaError(
+                "no training row is known to be normal (abnormal = 0); anomaly detection learns from normals"
+            )
         if held_out is not None:
             held_out = held_out.where(held_out.targets(recipe.labels)[:, 0] == 0)
     else:
@@ -120,7 +127,9 @@ def _scale_and_size(recipe: FinetuneRecipe, selection: Selection) -> tuple[int, 
 class _Work:
     """One fine-tuning run, step by step."""
 
-    def __init__(self, recipe, train: Selection, held_out: Selection | None, backbone: Backbone, scale: int, quiet: bool):
+    def __init__(
+        self, recipe, train: Selection, held_out: Selection | None, backbone: Backbone, scale: int, quiet: bool
+    ):
         self.recipe, self.selection, self.held_out = recipe, train, held_out
         self.backbone, self.scale, self.quiet = backbone, scale, quiet
         self.head = None
@@ -215,9 +224,7 @@ class _Work:
         members = [{"backbone": member.backbone.spec.to_dict(), "scale": self.scale}]
         save_predictor(run.folder / "predictor", predictor, predictor_card({**info, "members": members}, [], None))
         rows = seen_rows(self.selection, f"finetune {recipe.task}")
-        write_manifest(
-            run.folder, rows, began_with=recipe.backbone, natural_images=recipe.backbone in EXTERNAL
-        )
+        write_manifest(run.folder, rows, began_with=recipe.backbone, natural_images=recipe.backbone in EXTERNAL)
         return info
 
     def _labels_used(self) -> str:
@@ -282,5 +289,3 @@ class _Work:
             "thresholds": {ABNORMAL: threshold},
             "thresholds_from": f"{source} ({recipe.false_positive_rate:.0%} false positives)",
         }
-
-

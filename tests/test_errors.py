@@ -73,7 +73,9 @@ def test_a_scale_the_store_lacks(carina, phantom_store, tmp_path):
     assert "holds scale 32, 64, not 48" in carina(*words, code=2).stderr
 
 
-def test_a_full_disk_stops_pretraining_with_a_sentence_and_keeps_the_last_checkpoint(phantom_store, tmp_path, monkeypatch):
+def test_a_full_disk_stops_pretraining_with_a_sentence_and_keeps_the_last_checkpoint(
+    phantom_store, tmp_path, monkeypatch
+):
     from carina.models.backbones import load_backbone
     from carina.pretrain.run import pretrain
     from carina.training import engine

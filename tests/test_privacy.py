@@ -14,7 +14,11 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from carina.imaging.phantom import phantom
 
 NAME, NUMBER, BIRTH, ACCESSION = "Zyxwvut^Qponmlk", "PAT-84215937", "19470203", "ACC-5550123"
-HIDDEN = {"InstitutionName": "Saint Hidden Hospital", "ReferringPhysicianName": "Doctor^Secretive", "StudyDate": "20210917"}
+HIDDEN = {
+    "InstitutionName": "Saint Hidden Hospital",
+    "ReferringPhysicianName": "Doctor^Secretive",
+    "StudyDate": "20210917",
+}
 
 
 def write(path: Path, number: int) -> list[str]:
@@ -63,7 +67,16 @@ def secrets_and_output(tmp_path_factory, carina):
     run("prepare", folder / "labels.csv", f"out={store}", "scales=[32]", "patient=patient", "labels=[abnormal]")
     small = ("steps=3", "batch_size=8", "threads=1", "wandb=offline")
     run("pretrain", "debug/moco_anatpaste", f"store={store}", f"out={pre}", "scales=[32]", *small)
-    run("finetune", "classify", f"backbone={pre}", f"store={store}", f"out={out / 'c'}", "labels=[abnormal]", "mode=full", *small)
+    run(
+        "finetune",
+        "classify",
+        f"backbone={pre}",
+        f"store={store}",
+        f"out={out / 'c'}",
+        "labels=[abnormal]",
+        "mode=full",
+        *small,
+    )
     run("finetune", "anomaly", f"backbone={pre}", f"store={store}", f"out={out / 'a'}", "threads=1")
     for name in "ca":
         run("evaluate", out / name, f"store={store}", "split=val+test", "resamples=100", "examples=2")

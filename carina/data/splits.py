@@ -32,7 +32,9 @@ def patient_folds(patients: Sequence[str], folds: int, seed: int = 0) -> np.ndar
     """(N,) fold number of every row; a patient's rows share one, folds hold equal numbers of patients."""
     order = _ordered(patients, "fold", seed)
     if len(order) < folds:
-        raise CarinaError(f"{len(order)} patients cannot be dealt into {folds} folds; give fewer folds or more patients")
+        raise CarinaError(
+            f"{len(order)} patients cannot be dealt into {folds} folds; give fewer folds or more patients"
+        )
     place = {patient: i % folds for i, patient in enumerate(order)}
     return np.array([place[patient] for patient in patients], dtype=np.int64)
 
@@ -41,6 +43,8 @@ def patient_subset(patients: Sequence[str], count: int, draw: int = 0, seed: int
     """(N,) bool: the rows of `count` patients. Subsets of one draw are nested: fewer are the first of more."""
     order = _ordered(patients, "subset", seed, draw)
     if len(order) < count:
-        raise CarinaError(f"there are {len(order)} patients, {count} were asked for; give patients= at most {len(order)}")
+        raise CarinaError(
+            f"there are {len(order)} patients, {count} were asked for; give patients= at most {len(order)}"
+        )
     chosen = set(order[:count])
     return np.array([patient in chosen for patient in patients])

@@ -1,11 +1,11 @@
 """The store: images of every scale in Arrow shards, their table, and what made them.
 
-    STORE/table.parquet            one row an image
-    STORE/images/<scale>/*.arrow   Arrow streams (readable by ``datasets.Dataset.from_file``): image_id, image (raw bytes)
-    STORE/masks/<scale>/*.arrow    image_id, lungs and lesion.<Label> as packed bits, null where there is none
-    STORE/store.json               schema version, scales, photometry, geometry, counts, hashes
-    STORE/rejected.parquet         image_id and reason of every file left out
-    STORE/contact.png              a contact sheet to look at
+STORE/table.parquet            one row an image
+STORE/images/<scale>/*.arrow   Arrow streams (readable by ``datasets.Dataset.from_file``): image_id, image (raw bytes)
+STORE/masks/<scale>/*.arrow    image_id, lungs and lesion.<Label> as packed bits, null where there is none
+STORE/store.json               schema version, scales, photometry, geometry, counts, hashes
+STORE/rejected.parquet         image_id and reason of every file left out
+STORE/contact.png              a contact sheet to look at
 """
 
 from __future__ import annotations
@@ -266,7 +266,9 @@ def select(
         selection = selection.split(rows)
         if not len(selection):
             have = ", ".join(sorted(set(table["split"])))
-            raise CarinaError(f"no row of {first.folder} has split={rows} (it has {have}); give rows= or split= to match")
+            raise CarinaError(
+                f"no row of {first.folder} has split={rows} (it has {have}); give rows= or split= to match"
+            )
     if where:
         selection = selection.where(_condition(selection.table, where))
         if not len(selection):

@@ -23,7 +23,9 @@ def contact_sheet(folder: Path, table: pd.DataFrame, scale: int) -> None:
     rows = -(-count // COLUMNS)
     sheet = np.zeros((rows * SIDE, COLUMNS * SIDE, 3), dtype=np.uint8)
     for place, position in enumerate(chosen):
-        tile = cv2.cvtColor(cv2.resize(read_images(folder, table, [position], scale)[0], (SIDE, SIDE)), cv2.COLOR_GRAY2BGR)
+        tile = cv2.cvtColor(
+            cv2.resize(read_images(folder, table, [position], scale)[0], (SIDE, SIDE)), cv2.COLOR_GRAY2BGR
+        )
         mask = read_masks(folder, table, [position], scale)[0].astype(np.uint8)
         mask = cv2.resize(mask, (SIDE, SIDE), interpolation=cv2.INTER_NEAREST)
         outline, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)

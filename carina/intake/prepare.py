@@ -172,7 +172,9 @@ class _Work:
         ids = [row["image_id"] for row in rows]
         for scale in self.recipe.scales:
             images = pa.array([result.images[scale] for result in kept], type=pa.large_binary())
-            self._write_stream("images", scale, shard, pa.table({"image_id": pa.array(ids, pa.string()), "image": images}))
+            self._write_stream(
+                "images", scale, shard, pa.table({"image_id": pa.array(ids, pa.string()), "image": images})
+            )
             masks = {
                 name: pa.array([result.masks[scale].get(name) for result in kept], type=pa.large_binary())
                 for name in ("lungs", *(f"lesion.{label}" for label in self.lesions))
@@ -264,7 +266,9 @@ def _text_schema(*names: str) -> pa.Schema:
 
 def _counts(table: pd.DataFrame, rejected: pd.DataFrame, labels: list[str]) -> dict[str, Any]:
     def by(column: str) -> dict[str, int]:
-        return {str(k) or "unknown": int(v) for k, v in sorted(Counter(table[column]).items(), key=lambda kv: str(kv[0]))}
+        return {
+            str(k) or "unknown": int(v) for k, v in sorted(Counter(table[column]).items(), key=lambda kv: str(kv[0]))
+        }
 
     return {
         "images": len(table),

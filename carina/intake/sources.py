@@ -37,7 +37,9 @@ def find_items(source: str, recipe) -> list[Item]:
     if source.lower().endswith(".csv"):
         items = _from_csv(Path(source), recipe)
     else:
-        columns = [name for name in ("patient", "study", "view", "sex", "age", "split", "mask") if getattr(recipe, name)]
+        columns = [
+            name for name in ("patient", "study", "view", "sex", "age", "split", "mask") if getattr(recipe, name)
+        ]
         if columns or recipe.labels or recipe.lesions:
             raise CarinaError(f"{(columns or ['labels'])[0]}= names a column of a CSV, but {source} is not a CSV file")
         files = [Path(file) for file in list_files(source)]
@@ -92,7 +94,9 @@ def _from_csv(path: Path, recipe) -> list[Item]:
         raise CarinaError(f"{path} has no rows; add one a file")
     if names.duplicated().any():
         raise CarinaError(f"{path} lists {int(names.duplicated().sum())} paths twice; keep one row a file")
-    columns = {key: column(key, getattr(recipe, key)) for key in ("patient", "study", "view", "sex", "age", "split", "mask")}
+    columns = {
+        key: column(key, getattr(recipe, key)) for key in ("patient", "study", "view", "sex", "age", "split", "mask")
+    }
     wanted = recipe.labels if isinstance(recipe.labels, dict) else {name: name for name in recipe.labels}
     labels = {label: _numbers(column("labels", name), path, name) for label, name in wanted.items()}
     lesions = {label: column("lesions", name) for label, name in recipe.lesions.items()}

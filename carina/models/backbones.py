@@ -54,7 +54,11 @@ class Backbone(nn.Module):
 
     @property
     def dimension(self) -> int:
-        return self.network.num_features if not hasattr(self.network, "head_hidden_size") else self.network.head_hidden_size
+        return (
+            self.network.num_features
+            if not hasattr(self.network, "head_hidden_size")
+            else self.network.head_hidden_size
+        )
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 1, H, W) in [0, 1] as the network wants them: (B, C, H, W), normalized."""
@@ -199,7 +203,9 @@ def _folder(path: Path, size: int | None) -> Backbone:
         if (path / inner / "config.json").is_file():
             path = path / inner
     if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
-        raise CarinaError(f"{path} holds no backbone (config.json and model.safetensors); give a run of carina pretrain")
+        raise CarinaError(
+            f"{path} holds no backbone (config.json and model.safetensors); give a run of carina pretrain"
+        )
     config = read_json(path / "config.json")
     network = _create(f"local-dir:{path}", pretrained=True, num_classes=0)
     carina = read_json(path / "carina.json") if (path / "carina.json").is_file() else {}
@@ -270,7 +276,9 @@ def load_backbone(
                 "network, or give a file or folder"
             ) from None
         channels = network.pretrained_cfg["input_size"][0]
-        return _from_timm(network, network.pretrained_cfg.get("architecture", name), reference, {"in_chans": channels}, None)
+        return _from_timm(
+            network, network.pretrained_cfg.get("architecture", name), reference, {"in_chans": channels}, None
+        )
     path = Path(reference)
     if path.is_dir():
         return _folder(path, size)

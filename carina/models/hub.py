@@ -44,7 +44,9 @@ def backbone_card(backbone: Backbone, record: Mapping[str, Any], license: str | 
     if record["synthetic"]:
         warnings.append("The corpus is **synthetic**: phantoms drawn from a seed. It says nothing about patients.")
     if record["transductive"]:
-        warnings.append("**Transductive**: rows outside the training split were read, so later tests are not independent.")
+        warnings.append(
+            "**Transductive**: rows outside the training split were read, so later tests are not independent."
+        )
     if record["labels_used"] != "none":
         warnings.append(f"Labels were used {record['labels_used']}.")
     return "\n".join(
@@ -152,7 +154,10 @@ def _evaluation_tables(run: Path) -> list[str]:
     tables = []
     for path in sorted(run.glob("evaluations/*/metrics.json")):
         metrics = read_json(path)
-        rows = ["| label | AUROC (95 % interval) | average precision | positives | note |", "| --- | --- | --- | --- | --- |"]
+        rows = [
+            "| label | AUROC (95 % interval) | average precision | positives | note |",
+            "| --- | --- | --- | --- | --- |",
+        ]
         for row in metrics["table"]:
             if row["auroc"]["value"] is None:
                 rows.append(f"| {row['label']} | - | - | {row['positives']} | {row['note']} |")
@@ -185,7 +190,9 @@ def assemble(run: Path, out: Path, license: str | None, allow_memory: bool) -> d
         source, kind = predictor, info["kind"]
         card = predictor_card(info, _evaluation_tables(run), license)
         if memories:
-            card = card.replace("## Results", "> **Memory**: the scorer holds features of training patients.\n\n## Results")
+            card = card.replace(
+                "## Results", "> **Memory**: the scorer holds features of training patients.\n\n## Results"
+            )
     elif (backbone / "config.json").is_file():
         source, kind = backbone, "backbone"
         card = backbone_card(load_backbone(str(backbone)), read_json(backbone / "carina.json"), license)
@@ -230,5 +237,3 @@ def verify(folder: Path) -> None:
         digest, _, name = line.partition("  ")
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise CarinaError(f"{name} in {folder} is not what was published; download it again")
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated
 
 import torch
@@ -30,7 +31,7 @@ class PastingHead(nn.Module):
         widths = [dimension, *[settings.hidden] * settings.layers, 128]
         with seeded(seed, "pasting head"):
             blocks: list[nn.Module] = []
-            for before, after in zip(widths, widths[1:]):
+            for before, after in pairwise(widths):
                 norm = nn.BatchNorm1d(after) if batch_norm else nn.Identity()
                 blocks += [nn.Linear(before, after, bias=not batch_norm), norm, nn.ReLU()]
             self.layers = nn.Sequential(*blocks, nn.Linear(128, 2))
@@ -44,7 +45,9 @@ def pasting_views(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The jittered image, the same with a pasted lesion, and alpha; all (B, 1, S, S)."""
     if masks is None:
-        raise CarinaError("pasting needs lung masks, and this store has none; prepare it again with lungs=true or mask=")
+        raise CarinaError(
+            "pasting needs lung masks, and this store has none; prepare it again with lungs=true or mask="
+        )
     whole = jitter(images, draws.part("pasting whole"), JITTER)
     pasted, alpha = anatpaste(whole, masks, draws)
     return whole, pasted, alpha

@@ -126,9 +126,7 @@ class Engine:
         cuda = torch.cuda.is_available()
         # Batch norm keeps the statistics of its own rank; rank 0's running ones are exported (docs/multi-gpu.md).
         no_broadcast = DistributedDataParallelKwargs(broadcast_buffers=False)
-        self.accelerator = Accelerator(
-            mixed_precision=settings.precision, cpu=not cuda, kwargs_handlers=[no_broadcast]
-        )
+        self.accelerator = Accelerator(mixed_precision=settings.precision, cpu=not cuda, kwargs_handlers=[no_broadcast])
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.device = self.accelerator.device
         self.settings, self.name, self.quiet = settings, name, quiet or self.rank > 0
@@ -219,7 +217,7 @@ class Engine:
         main = self.rank == 0
         if main:
             run.forget_metrics_after(first - 1)
-            run.note_environment(**self.machine())
+            run.note_environment(**self.machine(), steps_planned=self.plan.steps)
             self._say(run, first)
         tracker = Tracker(run, self.settings.wandb, run.recipe()) if main else None
         self._catch_signals()
@@ -237,9 +235,7 @@ class Engine:
                     if main:
                         tracker.step({"step": step, **_json_numbers(means), "images_per_second": round(rate, 1),
                                       "data_wait": round(wait, 4)})  # fmt: skip
-                    progress.advance(
-                        1, f"loss {means['loss']:.4f}  {rate:,.0f} images/s  data wait {wait:.0%}"
-                    )
+                    progress.advance(1, f"loss {means['loss']:.4f}  {rate:,.0f} images/s  data wait {wait:.0%}")
                     if bad >= NAN_LIMIT:
                         names = [name for name, value in means.items() if not math.isfinite(value)]
                         raise CarinaError(

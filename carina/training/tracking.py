@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from carina.errors import CarinaError
@@ -56,5 +55,3 @@ class Tracker:
         if self.wandb is not None:
             self.wandb.finish()
             self.wandb = None
-
-

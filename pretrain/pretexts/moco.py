@@ -89,7 +89,9 @@ class MoCo(nn.Module):
         keys = F.normalize(torch.cat(groups).float(), dim=1)
         return keys[torch.argsort(order)]
 
-    def loss(self, backbone: Backbone, views: tuple[torch.Tensor, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
+    def loss(
+        self, backbone: Backbone, views: tuple[torch.Tensor, torch.Tensor], batch: Batch
+    ) -> dict[str, torch.Tensor]:
         """InfoNCE over one positive and the queue, without the keys of the query's own patient."""
         queries = F.normalize(self.head(backbone(views[0])).float(), dim=1)
         keys = self.keys(views[1], batch.key)

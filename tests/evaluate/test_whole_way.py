@@ -79,7 +79,10 @@ def test_overlap_with_what_was_seen_is_told(runs, phantom_store, tmp_path):
     result = evaluate(str(runs["classify", "frozen"]), given, quiet=True)
     seen = result["overlap"]["stages"]["pretrain"]
     assert seen["patients"] == result["patients"] and seen["identical_images"] == result["images"]
-    assert f"{result['patients']} of {result['patients']} test patients were seen in pretrain" in result["overlap_sentence"]
+    assert (
+        f"{result['patients']} of {result['patients']} test patients were seen in pretrain"
+        in result["overlap_sentence"]
+    )
 
 
 def test_scores_of_files_are_those_of_the_store(carina, runs, evaluated, phantom_folder, phantom_store):
@@ -202,7 +205,13 @@ def test_a_store_prepared_otherwise_is_refused(runs, phantom_folder, tmp_path):
 def test_few_labels_use_only_their_patients(phantom_store, pretrained, tmp_path):
     from carina.finetune.run import finetune
 
-    given = {"store": str(phantom_store), "backbone": str(pretrained), "labels": ["abnormal"], "scale": 64, "patients": 12}
+    given = {
+        "store": str(phantom_store),
+        "backbone": str(pretrained),
+        "labels": ["abnormal"],
+        "scale": 64,
+        "patients": 12,
+    }
     finetune("classify", {**given, "out": str(tmp_path / "few")}, quiet=True)
     info = json.loads((tmp_path / "few" / "predictor" / "predictor.json").read_text())
     assert info["data"]["patients"] == 12 and info["labels_used"] == "12 patients"

@@ -146,7 +146,16 @@ def test_interrupted_and_given_again_it_continues_to_the_same_bytes(tmp_path, mo
 
 def test_killed_in_the_middle_it_continues(tmp_path):
     folder = folder_of(tmp_path, 400)
-    words = [sys.executable, "-m", "carina", "prepare", str(folder), f"out={tmp_path / 'store'}", "scales=[256]", "workers=2"]
+    words = [
+        sys.executable,
+        "-m",
+        "carina",
+        "prepare",
+        str(folder),
+        f"out={tmp_path / 'store'}",
+        "scales=[256]",
+        "workers=2",
+    ]
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
     while not (tmp_path / "store" / "plan.json").exists() and process.poll() is None:
         time.sleep(0.01)
@@ -169,7 +178,10 @@ def test_splits_of_a_csv_are_kept_and_labels_checked(tmp_path):
     store = Store(tmp_path / "store")
     assert store.table["split"].tolist() == table["fold"].tolist()
     np.testing.assert_array_equal(store.table["label.Mass"], [1, 0, np.nan, -1, 0, 1])
-    for wrong, message in (({"labels": ["Maas"]}, "no column 'Maas'.*did you mean 'Mass'"), ({"split": "who"}, "holds 'p0'")):
+    for wrong, message in (
+        ({"labels": ["Maas"]}, "no column 'Maas'.*did you mean 'Mass'"),
+        ({"split": "who"}, "holds 'p0'"),
+    ):
         with pytest.raises(CarinaError, match=message):
             prepare(str(folder / "labels.csv"), {**given, "out": str(tmp_path / "other"), **wrong}, quiet=True)
 

@@ -21,7 +21,11 @@ RUN_FILES = {
     "backbone/model.safetensors",
     "backbone/carina.json",
     "backbone/README.md",
-    *(f"checkpoints/step-0000000{n}/{f}" for n in (6,) for f in ("task.safetensors", "optimizer.safetensors", "state.json")),
+    *(
+        f"checkpoints/step-0000000{n}/{f}"
+        for n in (6,)
+        for f in ("task.safetensors", "optimizer.safetensors", "state.json")
+    ),
 }
 
 
@@ -100,7 +104,15 @@ def test_wandb_offline_keeps_machine_and_command_out(phantom_store, tmp_path):
     import socket
 
     out = tmp_path / "run"
-    words = ["pretrain", "debug/moco", f"store={phantom_store}", f"out={out}", "steps=2", "batch_size=16", "wandb=offline"]
+    words = [
+        "pretrain",
+        "debug/moco",
+        f"store={phantom_store}",
+        f"out={out}",
+        "steps=2",
+        "batch_size=16",
+        "wandb=offline",
+    ]
     subprocess.run([sys.executable, "-m", "carina", *words, "--quiet"], check=True)
     files = [p for p in (out / "wandb").rglob("*") if p.is_file()]
     data = b"".join(p.read_bytes() for p in files)

@@ -10,8 +10,8 @@ from carina.draws import Draws
 from carina.errors import CarinaError
 from carina.models.backbones import random_backbone
 from carina.pretrain.pretexts import Corpus, methods
-from carina.recipes import build
 from carina.pretrain.recipe import PretrainRecipe
+from carina.recipes import build
 
 RECIPE = build("pretrain", PretrainRecipe, "debug/moco_anatpaste", [])
 SIZES = (32, 64)
@@ -119,7 +119,7 @@ def test_the_key_network_follows_by_momentum():
 
 def test_key_statistics_come_from_shuffled_groups():
     """With batch norm a key depends on its group and not on the whole batch, and groups change with the step."""
-    backbone, moco = build_pretext("moco")
+    _, moco = build_pretext("moco")
     images = torch.rand(16, 1, 64, 64)
     moco.train()
     whole = F.normalize(moco.key_head(moco.key_backbone(images)), dim=1)

@@ -45,7 +45,9 @@ def last_step(run: Path) -> int:
 @pytest.fixture(scope="module")
 def reference(carina, phantom_store, tmp_path_factory):
     out = tmp_path_factory.mktemp("reference") / "run"
-    carina("pretrain", "debug/moco_anatpaste", f"store={phantom_store}", f"out={out}", "scales=[32,64]", *COMMON, "--quiet")
+    carina(
+        "pretrain", "debug/moco_anatpaste", f"store={phantom_store}", f"out={out}", "scales=[32,64]", *COMMON, "--quiet"
+    )
     return out
 
 
@@ -70,8 +72,12 @@ def test_killed_three_times_and_resumed_gives_the_same_bits(carina, phantom_stor
     assert same(out, reference)
     assert steps(out) == list(range(STEPS))
     # It did not start over: checkpoints are whole, and the log says from where it went on.
-    resumed = [int(line.rsplit(" ", 1)[1]) for line in (out / "log.txt").read_text().splitlines() if "going on from" in line]
-    kills = [last for last in (json.loads(p.read_text().splitlines()[-1])["step"] for p in sorted(tmp_path.glob("killed-*")))]
+    resumed = [
+        int(line.rsplit(" ", 1)[1]) for line in (out / "log.txt").read_text().splitlines() if "going on from" in line
+    ]
+    kills = [
+        last for last in (json.loads(p.read_text().splitlines()[-1])["step"] for p in sorted(tmp_path.glob("killed-*")))
+    ]
     assert len(resumed) == 3
     for first, last in zip(resumed, kills):
         assert first >= last - EVERY
@@ -94,14 +100,29 @@ def _other_seed(carina, store, tmp_path) -> Path:
 
 
 def test_resume_refuses_another_recipe_and_a_run_is_never_overwritten(carina, phantom_store, reference):
-    words = ("pretrain", "debug/moco_anatpaste", f"store={phantom_store}", f"out={reference}", "scales=[32,64]", *COMMON)
+    words = (
+        "pretrain",
+        "debug/moco_anatpaste",
+        f"store={phantom_store}",
+        f"out={reference}",
+        "scales=[32,64]",
+        *COMMON,
+    )
     assert "already holds a run" in carina(*words, code=2).stderr
     assert "optim.lr differ" in carina(*words, "--resume", "optim.lr=0.2", code=2).stderr
 
 
 def test_a_signal_writes_a_checkpoint_and_exits_143(carina, phantom_store, tmp_path):
     out = tmp_path / "run"
-    words = ["pretrain", "debug/moco", f"store={phantom_store}", f"out={out}", "steps=5000", "batch_size=16", "threads=1"]
+    words = [
+        "pretrain",
+        "debug/moco",
+        f"store={phantom_store}",
+        f"out={out}",
+        "steps=5000",
+        "batch_size=16",
+        "threads=1",
+    ]
     process = subprocess.Popen([sys.executable, "-m", "carina", *words], stderr=subprocess.PIPE, text=True)
     while last_step(out) < 3 and process.poll() is None:
         time.sleep(0.01)
@@ -114,7 +135,14 @@ def test_a_signal_writes_a_checkpoint_and_exits_143(carina, phantom_store, tmp_p
 
 def test_two_ranks_equal_one_process_with_the_joined_batch(carina, phantom_store, tmp_path):
     """No batch norm in backbone or head: losses over ranks agree with one process to 1e-4 for 50 steps."""
-    common = (f"store={phantom_store}", "steps=50", "batch_size=16", "threads=1", "precision=no", "pretexts.moco.queue=64")
+    common = (
+        f"store={phantom_store}",
+        "steps=50",
+        "batch_size=16",
+        "threads=1",
+        "precision=no",
+        "pretexts.moco.queue=64",
+    )
     one, two = tmp_path / "one", tmp_path / "two"
     carina("pretrain", "debug/moco_vit", f"out={one}", *common, "--quiet")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
@@ -136,7 +164,14 @@ def test_accumulation_changes_nothing_where_no_batch_norm_is(carina, phantom_sto
     runs = []
     for accumulate in (1, 2):
         out = tmp_path / f"accumulate-{accumulate}"
-        words = (f"store={phantom_store}", "steps=12", "batch_size=16", "threads=1", "precision=no", "pretexts.moco.queue=64")
+        words = (
+            f"store={phantom_store}",
+            "steps=12",
+            "batch_size=16",
+            "threads=1",
+            "precision=no",
+            "pretexts.moco.queue=64",
+        )
         carina("pretrain", "debug/moco_vit", f"out={out}", f"accumulate={accumulate}", *words, "--quiet")
         runs.append([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
     assert max(abs(a - b) for a, b in zip(*runs)) < 1e-4

@@ -27,7 +27,9 @@ class Gaussian(nn.Module):
         self.register_buffer("whitening", torch.zeros(dimension, components or dimension))
 
     @classmethod
-    def fit(cls, features: np.ndarray, *, components: int | None = None, normalize: bool = True, **_: object) -> Gaussian:
+    def fit(
+        cls, features: np.ndarray, *, components: int | None = None, normalize: bool = True, **_: object
+    ) -> Gaussian:
         """features: (N, D) of normal images only."""
         count, dimension = features.shape
         if count < 2:

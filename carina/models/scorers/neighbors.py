@@ -36,7 +36,9 @@ class Neighbors(nn.Module):
     def fit(cls, features: np.ndarray, *, neighbors: int = 5, normalize: bool = True, **_: object) -> Neighbors:
         """features: (N, D) of normal images only."""
         if len(features) < neighbors:
-            raise CarinaError(f"scorer.neighbors={neighbors} is more than the {len(features)} normal images; give fewer")
+            raise CarinaError(
+                f"scorer.neighbors={neighbors} is more than the {len(features)} normal images; give fewer"
+            )
         scorer = cls(*features.shape, neighbors, normalize)
         scorer.memory_bank.copy_(scorer._scaled(torch.from_numpy(features.astype(np.float32))))
         return scorer
