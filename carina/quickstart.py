@@ -18,6 +18,7 @@ SCALES = [64, 96]
 ARCHITECTURE = "resnet10t"  # small enough for two cores; the recipes for real work name larger ones
 ARMS = ("pretrained", "random")
 MODES = ("frozen", "full")
+SPLIT, EVALUATION = "val+test", "val-test"
 STEPS = {"classify": 120, "anomaly": 80}
 
 
@@ -74,7 +75,7 @@ class _Stages:
                     rows.append(row)
         differences = [self.compare(task, mode, folders) for task in ("classify", "anomaly") for mode in MODES]
         published = self.publish()
-        report = folders["classify", "frozen", "pretrained"] / "evaluations" / "test" / "report.html"
+        report = folders["classify", "frozen", "pretrained"] / "evaluations" / EVALUATION / "report.html"
         return {
             "synthetic": True,
             "rows": rows,
@@ -86,13 +87,19 @@ class _Stages:
     def prepare(self, findings: list[str]) -> None:
         from carina.data.phantoms import write_phantoms
         from carina.intake.prepare import prepare
+        from carina.progress import Progress
 
         raw = self.out / "radiographs"
-        if not self.quiet:
-            print("Drawing synthetic radiographs (DICOM and PNG) ...", file=sys.stderr, flush=True)
-        table = write_phantoms(
-            raw, patients=self.settings.patients, seed=self.settings.seed, size=256, file_format="mixed"
-        )
+        patients = self.settings.patients
+        with Progress("draw synthetic radiographs", patients, unit="patients", quiet=self.quiet) as progress:
+            table = write_phantoms(
+                raw,
+                patients=patients,
+                seed=self.settings.seed,
+                size=256,
+                file_format="mixed",
+                progress=lambda *_: progress.advance(),
+            )
         columns = {key: f"{key}_id" for key in ("patient", "study")} | {key: key for key in ("view", "sex", "age")}
         words = " ".join(f"{key}={value}" for key, value in columns.items())
         labels = [*findings, "abnormal"]
@@ -125,10 +132,12 @@ class _Stages:
         backbone = str(self.pretrained) if arm == "pretrained" else f"random:{ARCHITECTURE}"
         labels = {"labels": findings} if task == "classify" else {}
         words = f" labels={_list(findings)}" if labels else ""
-        self.say(f"carina finetune {task} backbone={backbone} store={self.store} out={folder} mode={mode}{words}")
+        self.say(f"carina finetune {task} backbone={backbone} store={self.store} out={folder} mode={mode} threshold_rows=null{words}")
         common = {"backbone": backbone, "store": str(self.store), "out": str(folder), "mode": mode, "scale": SCALES[-1]}
-        finetune(task, {**common, **labels, "size": SCALES[-1], "steps": STEPS[task], "wandb": "off"}, quiet=self.quiet)
-        result = evaluate(str(folder), {"store": str(self.store), "split": "test", "resamples": 1000}, quiet=True)
+        fixed = {"size": SCALES[-1], "steps": STEPS[task], "threshold_rows": None, "wandb": "off"}
+        finetune(task, {**common, **labels, **fixed}, quiet=self.quiet)
+        # every setting is fixed beforehand and thresholds are cross-fitted, so both held-out splits can be the test
+        result = evaluate(str(folder), {"store": str(self.store), "split": SPLIT, "resamples": 1000}, quiet=True)
         head = result["table"][0]
         return folder, {
             "task": task,
@@ -142,10 +151,10 @@ class _Stages:
         }
 
     def compare(self, task: str, mode: str, folders: dict[tuple[str, str, str], Path]) -> dict[str, Any]:
-        from carina.evaluate.compare import main as compare
+        from carina.evaluate.compare import compare
 
         a, b = ([str(folders[task, mode, arm] / "evaluations" / "test")] for arm in ARMS)
-        result = compare(a, b, 2000)
+        result = compare(a, b, 2000, names=ARMS)
         row = next(row for row in result["rows"] if row["role"] == "primary")
         return {"task": task, "mode": mode, "sentence": row["sentence"], "difference": row["difference"]}
 

@@ -6,6 +6,7 @@ only what differs. The pydantic models give types and limits, never values.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -37,19 +38,30 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     return result
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain values: `no` and `off` are texts, 1e-4 is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
+
+
 def parse_value(text: str, word: str = "") -> Any:
+    """The value of an override, read as YAML."""
     if not text:
         return ""
     try:
-        value = yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise CarinaError(f"the value in '{word or text}' cannot be read; put it in quotes") from None
-    if isinstance(value, str):
-        try:  # YAML 1.1 takes 1e-4 for a text
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -88,7 +100,7 @@ def shipped(stage: str) -> list[str]:
 
 def _read_yaml(text: str, where: str) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(text) or {}
+        value = yaml.load(text, _Loader) or {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""

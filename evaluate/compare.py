@@ -104,19 +104,21 @@ def _figures(found: Interval) -> str:
     return f"{found.value:+.3f} ({100 * found.level:g} % interval {found.low:+.3f} to {found.high:+.3f})"
 
 
-def _sentence(what: str, metric: str, a: Interval, b: Interval, found: Difference, verdict: dict[str, Any]) -> str:
+def _sentence(
+    what: str, metric: str, a: Interval, b: Interval, found: Difference, verdict: dict[str, Any], names: tuple[str, str]
+) -> str:
     """What a row says, for a reader who is no statistician."""
     if np.isnan(found.value):
         return f"{what}: nothing can be said, {found.reason}."
-    start = f"{what}: {METRIC_NAMES[metric]} {a.value:.3f} with a, {b.value:.3f} with b; the difference is "
+    start = f"{what}: {METRIC_NAMES[metric]} {a.value:.3f} with {names[0]}, {b.value:.3f} with {names[1]}; the difference is "
     start += _figures(found) + ". "
     if found.low == found.high == 0:
         return start + "The two arms rank these images alike."
     if not found.estimable:
         return start + f"This is too little to rely on: {found.reason}."
-    better, worse = ("a", "b") if found.value > 0 else ("b", "a")
+    better, worse = names if found.value > 0 else names[::-1]
     if verdict["differs"]:
-        return start + f"Arm {better} ranks better than {worse}; chance is an unlikely explanation."
+        return start + f"{better[0].upper() + better[1:]} ranks better than {worse}; chance is an unlikely explanation."
     if verdict["excludes_zero"]:
         return start + "The interval excludes 0, but among this many comparisons such a row can be chance."
     return start + "This test cannot tell the arms apart."
@@ -130,7 +132,9 @@ def _row(
     return row | {"difference": found.to_dict()}, first, second, found
 
 
-def _judged(rows: list[tuple[dict[str, Any], Interval, Interval, Difference]]) -> list[dict[str, Any]]:
+def _judged(
+    rows: list[tuple[dict[str, Any], Interval, Interval, Difference]], names: tuple[str, str]
+) -> list[dict[str, Any]]:
     """Rows with p-values (exploratory ones corrected together), the verdict and its sentence."""
     p_values = np.array(
         [found.p_value if found.estimable or found.low == found.high == 0 else np.nan for *_, found in rows]
@@ -147,14 +151,21 @@ def _judged(rows: list[tuple[dict[str, Any], Interval, Interval, Difference]]) -
             "differs": bool(excludes_zero and final < ALPHA),
         }
         what = f"Mean over labels ({row['role']})" if row["label"] == "macro" else f"{row['label']} ({row['role']})"
-        judged.append(row | verdict | {"sentence": _sentence(what, row["metric"], a, b, found, verdict)})
+        judged.append(row | verdict | {"sentence": _sentence(what, row["metric"], a, b, found, verdict, names)})
     return judged
 
 
-def compare(a: Sequence[str | Path], b: Sequence[str | Path], resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:
+def compare(
+    a: Sequence[str | Path],
+    b: Sequence[str | Path],
+    resamples: int = 10_000,
+    seed: int = 0,
+    names: tuple[str, str] = ("a", "b"),
+) -> dict[str, Any]:
     """Paired differences a - b of AUROC and average precision, per label and as the mean over labels.
 
-    a, b: folders with predictions.parquet, the runs of each arm; equally many runs are paired in the order given. The
+    a, b: folders with predictions.parquet, the runs of each arm; equally many runs are paired in the order given.
+    `names` are what the sentences call them. The
     mean ("macro") is over the labels with at least 20 patients in each class; the others are named. Patients are
     resampled together for all runs, labels and arms. Returns values that JSON can hold. Raises CarinaError for a folder
     without predictions and for arms on different images, targets or patients.
@@ -195,7 +206,7 @@ def compare(a: Sequence[str | Path], b: Sequence[str | Path], resamples: int = 1
         "seed": seed,
         "resampled": "patients" if max(map(len, scores)) == 1 else "patients and runs",
         "correction": "Holm, over all exploratory rows that can be estimated",
-        "rows": _judged(rows),
+        "rows": _judged(rows, names),
     }
 
 

@@ -30,7 +30,7 @@ class FinetuneRecipe(TrainingSettings):
     store: str | list[str] | None
     where: str | None
     rows: str
-    threshold_rows: str
+    threshold_rows: str | None
     folds: Annotated[int, Field(ge=2)] | None
     fold: Annotated[int, Field(ge=0)]
     patients: Annotated[int, Field(ge=1)] | None

@@ -85,7 +85,8 @@ def _rows(recipe: FinetuneRecipe, everything: Selection) -> tuple[Selection, Sel
         folds = patient_folds(everything.table["patient_id"].tolist(), recipe.folds, recipe.draw)
         train, held_out = everything.where(folds != recipe.fold), None
     else:
-        train, held_out = everything.split(recipe.rows), everything.split(recipe.threshold_rows)
+        train = everything.split(recipe.rows)
+        held_out = everything.split(recipe.threshold_rows) if recipe.threshold_rows else None
         if not len(train):
             have = ", ".join(sorted(set(everything.table["split"])))
             raise CarinaError(f"no row has split={recipe.rows} (the store has {have}); give rows= to match")

@@ -6,6 +6,12 @@ from carina.pretrain.recipe import PretrainRecipe
 from carina.recipes import build, differences, parse_overrides, read_recipe, to_yaml
 
 
+def test_words_are_words_and_numbers_are_numbers():
+    given = parse_overrides(["a=no", "b=off", "c=true", "d=1e-4", "e=3", "f=0.5", "g=-1", "h=1.5e3", "i=null", "j=v1.2"])
+    assert given == {"a": "no", "b": "off", "c": True, "d": 1e-4, "e": 3, "f": 0.5, "g": -1, "h": 1500.0, "i": None, "j": "v1.2"}
+    assert isinstance(given["e"], int)
+
+
 def test_overrides_are_yaml_with_dotted_keys():
     given = parse_overrides(["optim.lr=1e-4", "scales=[128,256]", "where=view == 'PA' and age >= 18", "steps=null"])
     assert given == {"optim": {"lr": 1e-4}, "scales": [128, 256], "where": "view == 'PA' and age >= 18", "steps": None}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -21,6 +20,7 @@ from carina.imaging.phantom_canvas import Grid, generator
 from carina.imaging.phantom_frontal import frontal
 from carina.imaging.phantom_lateral import lateral
 from carina.imaging.phantom_lesions import FINDINGS, Lesions
+from carina.imaging.phantom_markers import markers_of
 
 VIEWS = ("PA", "AP", "LATERAL")
 _SMALLEST, _LARGEST = 16, 4096
@@ -108,12 +108,16 @@ def phantom(
     for name in sorted(findings, key=lambda name: name != "Cardiomegaly"):
         lesions.plant(name)
 
-    normal = pose.turn(MU_SOFT * chest.soft - (MU_SOFT - MU_LUNG) * chest.air() + MU_BONE * chest.bone)
-    normal += pose.turn((MU_SOFT - MU_LUNG) * chest.vessels * _share(chest.air()) + _parenchyma(key, chest))
+    normal = pose.turn(MU_SOFT * chest.soft - (MU_SOFT - MU_LUNG) * chest.air + MU_BONE * chest.bone)
+    normal += pose.turn((MU_SOFT - MU_LUNG) * chest.vessels * _share(chest.air) + _parenchyma(key, chest))
+    change = pose.turn(lesions.change) if findings else None
+    if view == "LATERAL":
+        # A lateral picture is taken with a harder beam, which the thicker chest stops less of.
+        normal *= 0.72
+        change = None if change is None else change * 0.72
     if view == "AP":
         normal += _leads(key, chest.grid)
-    change = pose.turn(lesions.change) if findings else None
-    lead, printed, markers = _markers(key, size * multiple, view, pose, marker)
+    lead, printed, markers = markers_of(key, size * multiple, view, pose.borders, marker)
     picture = _exposed(key, chest.grid, normal, change, lead, ap=view == "AP")
     picture = pose.collimated(picture)
     picture = np.maximum(picture, printed)
@@ -209,7 +213,7 @@ def _parenchyma(key: tuple, chest: Chest) -> np.ndarray:
         total = cv2.resize(total, (cells, cells), interpolation=cv2.INTER_CUBIC)
         total += np.float32(weight) * rng.standard_normal((cells, cells), dtype=np.float32)
     total = cv2.resize(total, (chest.grid.size, chest.grid.size), interpolation=cv2.INTER_CUBIC)
-    return total * (0.35 + 0.65 * _share(chest.air())) * (chest.soft > 1)
+    return total * (0.35 + 0.65 * _share(chest.air)) * (chest.soft > 1)
 
 
 def _leads(key: tuple, grid: Grid) -> np.ndarray:
@@ -228,70 +232,6 @@ def _leads(key: tuple, grid: Grid) -> np.ndarray:
         wires.append((1 - t) ** 2 * start + 2 * t * (1 - t) * ((start + end) / 2 + bow) + t * t * end)
         pads.append(end + 0.55 * np.stack([np.cos(turn), np.sin(turn)], 1))
     return 0.5 * grid.strokes([(np.stack(wires), 0.14, 1.0)]) + 0.45 * grid.fill(*pads)
-
-
-def _markers(
-    key: tuple, size: int, view: str, pose: _Pose, wanted: bool | None
-) -> tuple[np.ndarray, np.ndarray, list[tuple[str, float, float, float, float]]]:
-    """Side marker and printed words: attenuation of lead (S, S), brightness of print (S, S), boxes."""
-    rng = generator(*key, "marker")
-    u = rng.random(14).tolist()
-    lead, printed = np.zeros((size, size), np.float32), np.zeros((size, size), np.float32)
-    boxes: list[tuple[str, float, float, float, float]] = []
-    if not (u[0] < 0.7 if wanted is None else wanted):
-        return lead, printed, boxes
-    left = u[1] < 0.6
-    text = "L" if left or view == "LATERAL" else "R"
-    near = u[2] if view != "LATERAL" else 0.5 * u[2]
-    edge = pose.borders / size
-    x = edge[0] + 0.045 + 0.05 * near
-    if text == "L":
-        x = 1 - edge[2] - 0.045 - 0.05 * near
-    y = edge[1] + 0.05 + (0.14 * u[3])
-    digital = u[4] < 0.25
-    tilt = 0.0 if digital else 40 * (u[5] - 0.5) if u[5] > 0.3 else 6 * (u[6] - 0.5)
-    font = cv2.FONT_HERSHEY_SIMPLEX if u[7] < 0.6 else cv2.FONT_HERSHEY_DUPLEX
-    height = 0.03 + 0.022 * u[8]
-    marks = [(text, x, y, height, tilt)]
-    if u[9] < 0.3 and view == "AP":
-        marks.append(("PORTABLE" if u[10] < 0.5 else "AP", 0.5 + 0.2 * (u[11] - 0.5), edge[1] + 0.035, 0.022, 0.0))
-    for number, (word, cx, cy, high, angle) in enumerate(marks):
-        shape = _letters(word, font, size, cx, cy, high, angle)
-        if not (shape > 0.3).any():
-            continue
-        rows, columns = np.flatnonzero((shape > 0.02).any(1)), np.flatnonzero((shape > 0.02).any(0))
-        box = (columns[0] / size, rows[0] / size, (columns[-1] + 1) / size, (rows[-1] + 1) / size)
-        boxes.append((word, *map(float, box)))
-        if digital or number:
-            printed = np.maximum(printed, shape)
-        else:
-            lead += shape
-    return lead, printed, boxes
-
-
-@lru_cache(maxsize=16)
-def _word(word: str, font: int) -> tuple[np.ndarray, int, int]:
-    """A word in large letters with a border of 16 px, float32 in [0, 1], and its width and height in pixels."""
-    scale, stroke, pad = 3.0, 9, 16
-    (wide, tall), _ = cv2.getTextSize(word, font, scale, stroke)
-    patch = np.zeros((tall + 2 * pad, wide + 2 * pad), np.uint8)
-    cv2.putText(patch, word, (pad, pad + tall), font, scale, 255, stroke, cv2.LINE_AA)
-    return patch.astype(np.float32) / 255, wide, tall
-
-
-def _letters(word: str, font: int, size: int, cx: float, cy: float, high: float, angle: float) -> np.ndarray:
-    """(S, S) float32: a word of `high` (fraction of the frame) around (cx, cy), turned by `angle` degrees."""
-    sharp, wide, tall = _word(word, font)
-    factor = high * size / tall
-    patch = cv2.GaussianBlur(sharp, (0, 0), max(0.35 / factor, 0.3))
-    # The whole word stays in the frame.
-    reach = 0.5 * np.hypot(wide, tall) * factor / size + 0.006
-    cx, cy = (float(np.clip(c, reach, 1 - reach)) if reach < 0.5 else 0.5 for c in (cx, cy))
-    matrix = cv2.getRotationMatrix2D((patch.shape[1] / 2, patch.shape[0] / 2), angle, factor)
-    matrix[:, 2] += (cx * size - patch.shape[1] / 2, cy * size - patch.shape[0] / 2)
-    shape = cv2.warpAffine(patch, matrix, (size, size), flags=cv2.INTER_LINEAR)
-    shape[shape < 0.02] = 0
-    return shape
 
 
 def _exposed(
@@ -315,7 +255,7 @@ def _exposed(
     primary = cv2.exp(-(normal + (0 if change is None else change) + 3.0 * lead)) * beam
     seen = primary + scatter * (1 - 0.75 * np.minimum(lead, 1))
 
-    dose = (4e4 if not ap else 2e4) * (0.6 + 1.2 * u[5])
+    dose = (5e4 if not ap else 3e4) * (0.6 + 1.2 * u[5])
     noise = generator(*key, "noise").standard_normal((size, size), dtype=np.float32)
     # Photons per cm2 and not per pixel: the noise of a reduced picture is that of the picture reduced.
     spread = np.float32(np.sqrt(grid.scale / 6.4) / np.sqrt(dose))
@@ -335,6 +275,6 @@ def _exposed(
     picture = 1 / (1 + cv2.exp((-steep * (level - 0.47)).astype(np.float32)))
     # Air lies below the window: nearly black where contrast is high, dark gray where it is low.
     floor = 1 / (1 + float(np.exp((0.75 + 0.35 * u[9]) * steep)))
-    picture = (picture - floor) / (0.985 - floor)
+    picture = (picture - 0.8 * floor) / (0.985 - 0.8 * floor)
     picture = cv2.GaussianBlur(picture, (3, 3), 0.35 + 0.3 * u[9])
     return np.clip(picture, 0, 1)

@@ -9,7 +9,7 @@ dome stands higher, the heart lies to the patient's left, ribs fall from back to
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -54,7 +54,7 @@ def patient_of(*key: object) -> Patient:
         age=age,
         width=small * (13.2 + 1.8 * u[4]),
         height=small * (20.5 + 4.0 * u[5]),
-        wall=1.9 + 3.2 * fat,
+        wall=2.5 + 3.4 * fat,
         depth=small * (14.0 + 3.5 * u[6]),
         step=0.5 + 1.4 * u[7],
         heart=0.9 + 0.16 * u[8] + 0.05 * (age > 60),
@@ -71,9 +71,10 @@ def patient_of(*key: object) -> Patient:
 class Chest:
     """One projection of a patient: what `phantom` sums and what lesions replace.
 
-    soft: tissue without bone, lungs counted as tissue. cavity: depth of the pleural space, lungs and what lies
-    between them. solid: heart and mediastinum inside it. vessels: blood in the lungs. bone: bone. field: 1 where lung
-    stands above the diaphragm. wall, floor: x of the inner chest wall (S, 1) and y of the diaphragm (1, S).
+    All maps are (S, S): soft: tissue without bone, lungs counted as tissue; cavity: the pleural space with lungs and
+    what lies between them; solid, heart: mediastinum and heart in it; vessels: blood in the lungs; bone; field: 1 where
+    there is lung above the diaphragm, else 0. wall: x of the inner chest wall, (S, 1). height: y of the right dome.
+    heart_line: outline of the heart, (N, 2).
     """
 
     grid: Grid
@@ -88,19 +89,22 @@ class Chest:
     bone: np.ndarray
     field: np.ndarray
     wall: np.ndarray
-    floor: np.ndarray
     heart_line: np.ndarray
 
-    def air(self, heart: np.ndarray | None = None) -> np.ndarray:
-        """Depth of inflated lung, (S, S) cm; `heart` replaces the depth of the heart."""
-        solid = self.solid + (self.heart if heart is None else heart)
-        return np.maximum(self.cavity - np.maximum(solid, 0), 0)
+    @cached_property
+    def air(self) -> np.ndarray:
+        """Depth of inflated lung, (S, S) cm."""
+        return self.air_beside(self.heart)
+
+    def air_beside(self, heart: np.ndarray) -> np.ndarray:
+        """Depth of inflated lung, (S, S) cm, were `heart` (S, S) the depth of the heart."""
+        return np.maximum(self.cavity - self.solid - heart, 0)
 
     def lungs(self, heart_line: np.ndarray | None = None) -> np.ndarray:
         """(S, S) float32, 1 in the lung fields beside heart and mediastinum."""
         outside = 1 - self.grid.fill(self.heart_line if heart_line is None else heart_line)
-        beside = self.solid < 3.0 if self.view != "LATERAL" else self.solid < 1e9
-        return self.field * outside * beside
+        # Seen from the side the mediastinum lies between two lungs and hides neither.
+        return self.field * outside * (1 if self.view == "LATERAL" else self.solid < 3.0)
 
     def enlarged(self, factor: float) -> tuple[np.ndarray, np.ndarray]:
         """Outline (N, 2) and depth (S, S) of the heart when its transverse diameter grows by `factor`."""

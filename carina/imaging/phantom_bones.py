@@ -22,7 +22,7 @@ def _ribs(patient: Patient, height: float) -> tuple[np.ndarray, np.ndarray]:
     end = np.pi * np.interp(_NUMBERS, [1, 3, 6, 8, 11], [0.86, 0.82, 0.78, 0.7, 0.56])
     thick = np.interp(_NUMBERS, [1, 2, 11], [1.15, 1.0, 0.9])
     back, drop, side, thick = (values[None, :, None] for values in (back, drop, side, thick))
-    start = np.array([0.06, 0.5])[:, None, None] * np.pi
+    start = np.array([0.015, 0.5])[:, None, None] * np.pi
     stop = np.stack([np.full(11, 0.52 * np.pi), end])[:, :, None]
     t = start + (stop - start) * np.linspace(0, 1, 15)
     x = 1.4 * np.exp(-t / 0.25) + side * np.sin(t) ** 0.92
@@ -64,8 +64,8 @@ def _rib_cage(patient: Patient, grid: Grid, height: float, part: np.ndarray) -> 
         maps.append((filled, edges))
     (rear, rear_edges), (front, front_edges) = maps
     # At the side the beam runs along the rib.
-    tangential = 0.4 + 0.28 * fourth(np.minimum(part * part, 1))
-    return rear * tangential + 0.2 * front + 0.32 * rear_edges + 0.2 * front_edges
+    tangential = 0.52 + 0.3 * fourth(np.minimum(part * part, 1))
+    return rear * tangential + 0.27 * front + 0.4 * rear_edges + 0.27 * front_edges
 
 
 def _spine(patient: Patient, grid: Grid, height: float) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +112,7 @@ def _girdle(grid: Grid, shoulder: float, ap: bool) -> np.ndarray:
         borders.append(blade[8:28])
         spot = np.array([17.9 + 0.3 * out, 1.6 - 0.8 * lift])
         heads.append((spot + 2.2 * np.stack([np.cos(turn), np.sin(turn)], 1)) * mirror)
-        far = np.array([20.4 + 3.5 * (0.5 + 0.5 * shoulder), 20.0])
+        far = np.array([22.0 + 6.5 * (0.5 + 0.5 * shoulder), 38.0])
         across = np.array([1.05, 0.0])
         shafts.append(np.array([spot - across * 1.5, spot + across * 1.6, far + across, far - across]) * mirror)
     bone = 0.6 * grid.fill(*clavicles) + 0.6 * grid.strokes([(np.stack(rims), 0.2, 0.8)])

@@ -108,6 +108,11 @@ def soft_step(values: np.ndarray, width: float) -> np.ndarray:
 
 
 def table_at(where: np.ndarray, table: list[tuple[float, float]]) -> np.ndarray:
-    """Linear interpolation in a table of (position, value), same shape as `where`."""
+    """A table of (position, value) read at `where` (S, 1), evenly spaced cm; its corners are rounded over 1 cm."""
     positions, values = zip(*table)
-    return np.interp(where, positions, values).astype(np.float32)
+    read = np.interp(where, positions, values).astype(np.float32)
+    spacing = float(where[-1, 0] - where[0, 0]) / (len(where) - 1)
+    half = int(np.ceil(2.5 / spacing))
+    kernel = np.exp(-0.5 * (np.arange(-half, half + 1) * spacing) ** 2)
+    padded = np.pad(read[:, 0], half, mode="edge")
+    return np.convolve(padded, kernel / kernel.sum(), "valid").astype(np.float32)[:, None]

@@ -46,7 +46,7 @@ def frontal(patient: Patient, grid: Grid, *, inspiration: float, shoulder: float
     soft = _body(patient, grid, height, wall, shoulder, ap) + _abdomen(patient, grid, floor, height)
     vessels = _vessels(patient, grid, height, width) * (cavity > 0.5)
     view = "AP" if ap else "PA"
-    return Chest(grid, patient, view, height, soft, cavity, solid, heart, vessels, bone, lungs, wall, floor, heart_line)
+    return Chest(grid, patient, view, height, soft, cavity, solid, heart, vessels, bone, lungs, wall, heart_line)
 
 
 def _heart_line(patient: Patient, height: float, ap: bool) -> np.ndarray:
@@ -61,6 +61,8 @@ def _heart_line(patient: Patient, height: float, ap: bool) -> np.ndarray:
     points[7:13, 0] += (u[0] - 0.5) * 1.2
     points[2:6, 0] -= (u[1] - 0.5) * 0.9
     points[:, 1] = points[:, 1] * height + (u[2] - 0.5) * 0.8
+    # The heart rests on the diaphragm: its underside lies below the domes, where nothing shows it.
+    points[5:8, 1] = np.maximum(points[5:8, 1], height + np.array([2.0, patient.step + 2.6, patient.step + 2.2]))
     return smooth_line(points)
 
 
@@ -156,4 +158,4 @@ def _vessels(patient: Patient, grid: Grid, height: float, width: float) -> np.nd
             paths.append((line * stretch * (sign, 1) + at, diameter, min(1.0, 0.1 + 1.5 * diameter)))
         blobs.append(at + np.array([0.5 * sign, 0.2]) + np.stack([1.0 * np.cos(turn), 1.9 * np.sin(turn)], 1))
     drawn = grid.blur(grid.strokes(paths), 0.07)
-    return 2.6 * drawn + 2.4 * grid.blur(grid.fill(*blobs), 0.7)
+    return 1.8 * drawn + 2.4 * grid.blur(grid.fill(*blobs), 0.7)

@@ -45,7 +45,7 @@ def lateral(patient: Patient, grid: Grid, *, inspiration: float) -> Chest:
     soft = thick * np.sqrt(np.clip(1 - square * square, 0, 1))
     amount, _, size = patient.breast
     if amount:
-        dx, dy = (x - front) / (2.2 * size), (y - 0.72 * height) / (4.6 * size)
+        dx, dy = (x - front - 1.2) / (2.6 * size), (y - 0.72 * height) / (4.6 * size)
         soft = np.maximum(soft, 6 * np.sqrt(np.clip(1 - dx * dx - dy * dy, 0, 1)) * amount**0.5)
     tube = 0.9**2 - (x - (1.0 + 0.12 * y)) ** 2
     soft = soft - 2.4 * np.sqrt(np.clip(tube, 0, None)) * soft_step(0.42 * height - y, 2.5)
@@ -90,9 +90,8 @@ def lateral(patient: Patient, grid: Grid, *, inspiration: float) -> Chest:
             at = np.array([1.6, 0.42 * height])
             paths.append((line * (0.75 * sign, 0.95) * unit + at, diameter, min(1.0, 0.1 + diameter / 0.9)))
     vessels = 1.1 * grid.blur(grid.strokes(paths), 0.07) * (cavity > 0.5)
-    field_ = (inside > 0.5).astype(np.float32)
-    floor = np.full_like(x, height)
+    inside = (inside > 0.5).astype(np.float32)
     return Chest(
         grid, patient, "LATERAL", height, soft, cavity, 3.0 * hilum, heart, vessels,
-        bone * np.float32(patient.bone), field_, np.broadcast_to(np.float32(deep), y.shape), floor, heart_line,
+        bone * np.float32(patient.bone), inside, np.broadcast_to(np.float32(deep), y.shape), heart_line,
     )  # fmt: skip

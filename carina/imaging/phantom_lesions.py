@@ -22,7 +22,7 @@ class Lesions:
 
     def __init__(self, chest: Chest, place: tuple, course: tuple):
         self.chest, self.place, self.course = chest, place, course
-        self.air = chest.air()
+        self.air = chest.air
         self.heart_line = chest.heart_line
         self.lungs = chest.lungs()
         self.change = np.zeros_like(self.air)
@@ -47,9 +47,9 @@ class Lesions:
         return float(grid.x[0, column]), float(grid.y[row, 0])
 
     def _opacity(self, fixed: np.random.Generator, varied: np.random.Generator) -> np.ndarray:
-        """Patchy consolidation: a soft blob of 3 to 9 cm with a ragged edge, 1.5 to 6 cm deep."""
+        """Patchy consolidation: a soft blob of 3 to 10 cm with a ragged edge, 2 to 8 cm deep."""
         grid = self.chest.grid
-        long, short = (r := 1.6 + 2.6 * fixed.random()), r * (0.6 + 0.35 * fixed.random())
+        long, short = (r := 1.8 + 3.4 * fixed.random()), r * (0.6 + 0.35 * fixed.random())
         x0, y0 = self._site(fixed, 0.7 * short)
         turn = np.pi * fixed.random()
         grow = 0.85 + 0.3 * varied.random()
@@ -58,16 +58,16 @@ class Lesions:
         v = (dy * np.cos(turn) - dx * np.sin(turn)) / (short * grow)
         cells = fixed.standard_normal((2, 24, 24)).astype(np.float32)
         ragged = np.zeros_like(self.air)
-        for noise, step, weight in zip(cells, (0.9, 0.4), (0.34, 0.2)):
+        for noise, step, weight in zip(cells, (0.9, 0.4), (0.3, 0.12)):
             # The noise is laid out around the lesion's center, in cm: the same pattern at any size of the picture.
             at_x, at_y = dx / step + 12, dy / step + 12
             maps = np.broadcast_to(at_x, self.air.shape), np.broadcast_to(at_y, self.air.shape)
             maps = (np.ascontiguousarray(m, np.float32) for m in maps)
             ragged += weight * cv2.remap(noise, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
         body = np.clip(1.05 - u * u - v * v + ragged * np.exp(-0.4 * (u * u + v * v)), 0, 1)
-        body = np.where(u * u + v * v < 1.6, body, 0) * (self.lungs > 0.5)
-        depth = 1.5 + 4.5 * varied.random() ** 1.2
-        added = np.minimum(depth * body * (0.75 + 0.5 * np.clip(ragged + 0.5, 0, 1)), 0.9 * self.air)
+        body = grid.blur(np.where(u * u + v * v < 1.6, body, 0).astype(np.float32), 0.2) * (self.lungs > 0.5)
+        depth = 2.0 + 6.0 * (0.5 * fixed.random() + 0.5 * varied.random())
+        added = np.minimum(depth * body * (0.85 + 0.3 * np.clip(ragged + 0.5, 0, 1)), 0.9 * self.air)
         self.change += _GAIN * added.astype(np.float32)
         return (body > 0.15).astype(np.float32)
 
@@ -94,7 +94,7 @@ class Lesions:
         """Fluid that fills the costophrenic angle and climbs along the chest wall (the meniscus)."""
         chest, grid = self.chest, self.chest.grid
         which, both = fixed.random(), fixed.random() < 0.25
-        amount = 1.2 + 7.0 * (0.5 * fixed.random() + 0.5 * varied.random()) ** 1.4
+        amount = 1.5 + 8.0 * (0.5 * fixed.random() + 0.5 * varied.random()) ** 1.4
         fill = np.zeros_like(self.air)
         if chest.view == "LATERAL":
             back = float(chest.wall[0, 0])
@@ -115,10 +115,10 @@ class Lesions:
         return ((fill > 0.2) & (self.lungs > 0.5) & (depth > 0.3)).astype(np.float32)
 
     def _cardiomegaly(self, fixed: np.random.Generator, varied: np.random.Generator) -> np.ndarray:
-        """A heart 18 to 55 % wider than the patient's own, mostly toward the left."""
-        factor = 1.18 + 0.3 * fixed.random() + 0.07 * varied.random()
+        """A heart 12 to 45 % wider than the patient's own, mostly toward the left."""
+        factor = 1.12 + 0.27 * fixed.random() + 0.06 * varied.random()
         line, depth = self.chest.enlarged(factor)
-        air = self.chest.air(np.maximum(depth, self.chest.heart))
+        air = self.chest.air_beside(np.maximum(depth, self.chest.heart))
         self.change += _GAIN * (self.air - air)
         # What comes after is planted in the smaller lungs.
         self.air, self.heart_line, self.lungs = air, line, self.chest.lungs(line)
@@ -129,7 +129,7 @@ class Lesions:
         """Air outside the lung at apex and side: no vessels there, and the thin line of the pleura at its inner edge."""
         chest, grid = self.chest, self.chest.grid
         side = -1 if fixed.random() < 0.5 else 1
-        wide = 0.9 + 2.6 * (0.6 * fixed.random() + 0.4 * varied.random()) ** 1.3
+        wide = 1.0 + 3.0 * (0.6 * fixed.random() + 0.4 * varied.random()) ** 1.3
         if chest.view == "LATERAL":
             half = chest.grid.y - (1.5 + 1.6 * wide) - 0.05 * grid.x**2
             outside = np.clip(-half / 0.15, 0, 1) * (chest.field > 0.5)

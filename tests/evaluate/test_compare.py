@@ -61,7 +61,7 @@ def test_figures_roles_and_words(arm):
     macro = rows["macro", "auroc"]
     pair = [rows[label, "auroc"]["difference"]["value"] for label in ("Effusion", "Mass")]
     assert macro["difference"]["value"] == pytest.approx(np.mean(pair))
-    assert macro["differs"] and "Arm a ranks better than b" in macro["sentence"]
+    assert macro["differs"] and "A ranks better than b" in macro["sentence"]
     assert macro["p_corrected"] == macro["p_value"]
     assert rows["Mass", "auroc"]["p_corrected"] > rows["Mass", "auroc"]["p_value"]
     assert result["macro_leaves_out"] == ["Hernia"]
