@@ -153,7 +153,7 @@ class _Stages:
     def compare(self, task: str, mode: str, folders: dict[tuple[str, str, str], Path]) -> dict[str, Any]:
         from carina.evaluate.compare import compare
 
-        a, b = ([str(folders[task, mode, arm] / "evaluations" / "test")] for arm in ARMS)
+        a, b = ([str(folders[task, mode, arm] / "evaluations" / EVALUATION)] for arm in ARMS)
         result = compare(a, b, 2000, names=ARMS)
         row = next(row for row in result["rows"] if row["role"] == "primary")
         return {"task": task, "mode": mode, "sentence": row["sentence"], "difference": row["difference"]}

@@ -67,7 +67,7 @@ class Run:
         *,
         resume: bool = False,
         quiet: bool = False,
-        free: tuple[str, ...] = ("out", "workers", "wandb"),
+        free: tuple[str, ...] = ("out", "workers", "wandb", "checkpoint_every", "keep_checkpoints"),
     ) -> Run:
         """Open `folder` for a new run, or for the same recipe again with ``resume``.
 

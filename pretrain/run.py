@@ -130,7 +130,7 @@ def _export(run: Run, recipe: PretrainRecipe, selection: Selection, task: Pretra
         "kind": "backbone",
         "scales": recipe.scales,
         "pretexts": weights,
-        "init": recipe.init if recipe.init in ("random",) else "an earlier backbone",
+        "init": _began_with(recipe.init),
         "photometry": selection.photometry,
         "geometry": selection.geometry,
         "store_hashes": selection.hashes,
@@ -149,6 +149,12 @@ def _export(run: Run, recipe: PretrainRecipe, selection: Selection, task: Pretra
         run.folder, seen_rows(selection, "pretrain"), began_with=recipe.init, natural_images=recipe.init in EXTERNAL
     )
     write_backbone(run.folder / "backbone", task.backbone, record, backbone_card(task.backbone, record))
+
+
+def _began_with(reference: str) -> str:
+    """The name of public weights; folders and files are the owner's own."""
+    public = reference == "random" or reference in EXTERNAL or reference.startswith(("timm:", "hub:"))
+    return reference if public else "an earlier backbone"
 
 
 def corpus_facts(selection: Selection) -> dict[str, Any]:

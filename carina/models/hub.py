@@ -37,6 +37,9 @@ def backbone_card(backbone: Backbone, record: Mapping[str, Any], license: str | 
     }
     pretexts = ", ".join(f"{name} (weight {weight:g})" for name, weight in record["pretexts"].items())
     mean, std = spec.mean[0], spec.std[0]
+    if len(set(spec.mean)) > 1 or len(set(spec.std)) > 1:
+        mean, std = (f"torch.tensor({list(v)}).view(-1, 1, 1)" for v in (spec.mean, spec.std))
+    repeat = f".repeat(1, {spec.channels}, 1, 1)" if spec.channels > 1 else ""
     age = "unknown"
     if data["age_median"] is not None:
         age = f"median {data['age_median']:.0f}, {data['age_range'][0]:.0f} to {data['age_range'][1]:.0f} years"
@@ -56,7 +59,7 @@ def backbone_card(backbone: Backbone, record: Mapping[str, Any], license: str | 
             "---",
             f"# {spec.name} pretrained on{synthetic} chest radiographs",
             "",
-            f"A {spec.name} with one input channel, {spec.origin}, made with carina {__version__}.",
+            f"A {spec.name} with {spec.channels} input channel(s), {spec.origin}, made with carina {__version__}.",
             "",
             NOT_A_DEVICE,
             "",
@@ -67,8 +70,8 @@ def backbone_card(backbone: Backbone, record: Mapping[str, Any], license: str | 
             "```python",
             "import timm, torch",
             'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()   # or hf-hub:ORG/NAME',
-            f"x = torch.rand(1, 1, {spec.size}, {spec.size})                 # one channel, [0, 1], bright = dense",
-            f"features = model((x - {mean}) / {std})                   # (1, {backbone.dimension})",
+            f"x = torch.rand(1, 1, {spec.size}, {spec.size}){repeat}   # a radiograph in [0, 1], bright = dense",
+            f"features = model((x - {mean}) / {std})   # (1, {backbone.dimension})",
             "```",
             "",
             f"Images: one channel in [0, 1], dense tissue bright, {spec.size} x {spec.size}; then (x - {mean}) / {std}. "

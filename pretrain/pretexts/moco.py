@@ -114,6 +114,8 @@ class MoCo(nn.Module):
         update_momentum(self.head, self.key_head, self.settings.momentum)
         for scale, keys, owners in self.pending:
             keys, owners = gather(keys.contiguous()), gather(owners.contiguous())
+            if not torch.isfinite(keys).all():  # a stray NaN must not stay in the queue
+                continue
             queue, queue_owners = getattr(self, f"queue_{scale}"), getattr(self, f"owners_{scale}")
             index = self.corpus.scales.index(scale)
             start = int(self.places[index])
