@@ -19,12 +19,12 @@ ARCHITECTURE = "resnet10t"  # small enough for two cores; the recipes for real w
 ARMS = ("pretrained", "random")
 MODES = ("frozen", "full")
 SPLIT, EVALUATION = "val+test", "val-test"
-STEPS = {"classify": 120, "anomaly": 80}
+STEPS = {"classify": 160, "anomaly": 80}
 
 
 class QuickstartSettings(Section):
     out: str = "carina-quickstart"
-    patients: Annotated[int, Field(ge=60)] = 320
+    patients: Annotated[int, Field(ge=60)] = 480
     steps: Annotated[int, Field(ge=1)] | None = None  # of pretraining; default: the recipe's
     seed: int = 0
 
@@ -132,7 +132,9 @@ class _Stages:
         backbone = str(self.pretrained) if arm == "pretrained" else f"random:{ARCHITECTURE}"
         labels = {"labels": findings} if task == "classify" else {}
         words = f" labels={_list(findings)}" if labels else ""
-        self.say(f"carina finetune {task} backbone={backbone} store={self.store} out={folder} mode={mode} threshold_rows=null{words}")
+        self.say(
+            f"carina finetune {task} backbone={backbone} store={self.store} out={folder} mode={mode} threshold_rows=null{words}"
+        )
         common = {"backbone": backbone, "store": str(self.store), "out": str(folder), "mode": mode, "scale": SCALES[-1]}
         fixed = {"size": SCALES[-1], "steps": STEPS[task], "threshold_rows": None, "wandb": "off"}
         finetune(task, {**common, **labels, **fixed}, quiet=self.quiet)

@@ -230,14 +230,14 @@ def _report_content(result, frame, done, folders, recipe) -> dict[str, Any]:
     run = Run(folders[0])
     has_run = (run.folder / "recipe.yaml").is_file()
     unknown = int(frame["target"].isna().sum())
-    word = "*synthetic* " if result["synthetic"] else ""
+    word = "synthetic " if result["synthetic"] else ""
     best = result["table"][0]
     headline = (
         "Nothing can be estimated: " + best["note"]
         if best["auroc"]["value"] is None
         else (
             f"AUROC {best['auroc']['value']:.3f} ({best['auroc']['low']:.3f} to {best['auroc']['high']:.3f}) for "
-            f"{best['label']} on {result['images']} {word}images of {result['patients']} patients."
+            f"{'the mean over labels' if best['label'] == 'macro' else best['label']} on {result['images']} {word}images of {result['patients']} patients."
         )
     )
     warnings = []
@@ -245,7 +245,6 @@ def _report_content(result, frame, done, folders, recipe) -> dict[str, Any]:
         warnings.append("These radiographs are synthetic: the figures say that the software runs, nothing of patients.")
     if any(stage["patients"] for stage in result["overlap"]["stages"].values()) or not result["overlap"]["complete"]:
         warnings.append(result["overlap_sentence"])
-    warnings += [f"{row['label']}: {row['note']}" for row in result["table"] if row["note"]]
     flow = [
         {"what": "scored", "images": result["images"], "patients": result["patients"], "note": f"split {recipe.split}"}
     ]

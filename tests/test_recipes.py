@@ -7,8 +7,21 @@ from carina.recipes import build, differences, parse_overrides, read_recipe, to_
 
 
 def test_words_are_words_and_numbers_are_numbers():
-    given = parse_overrides(["a=no", "b=off", "c=true", "d=1e-4", "e=3", "f=0.5", "g=-1", "h=1.5e3", "i=null", "j=v1.2"])
-    assert given == {"a": "no", "b": "off", "c": True, "d": 1e-4, "e": 3, "f": 0.5, "g": -1, "h": 1500.0, "i": None, "j": "v1.2"}
+    given = parse_overrides(
+        ["a=no", "b=off", "c=true", "d=1e-4", "e=3", "f=0.5", "g=-1", "h=1.5e3", "i=null", "j=v1.2"]
+    )
+    assert given == {
+        "a": "no",
+        "b": "off",
+        "c": True,
+        "d": 1e-4,
+        "e": 3,
+        "f": 0.5,
+        "g": -1,
+        "h": 1500.0,
+        "i": None,
+        "j": "v1.2",
+    }
     assert isinstance(given["e"], int)
 
 
