@@ -57,10 +57,12 @@ class _Stages:
         self.out, self.settings, self.quiet = out, settings, quiet
         self.store, self.pretrained = out / "store", out / "pretrained"
 
-    def say(self, command: str) -> None:
-        """Show the command that does the same, so that the quickstart teaches the command line."""
+    def say(self, verb: str, what: object, given: dict[str, Any], flags: str = "") -> dict[str, Any]:
+        """Show the command that does the same, so that the quickstart teaches the command line; returns `given`."""
         if not self.quiet:
-            print(f"\n$ {command}", file=sys.stderr, flush=True)
+            words = " ".join(f"{key}={_plain(value)}" for key, value in given.items())
+            print(f"\n$ carina {verb} {what} {words} {flags}".rstrip(), file=sys.stderr, flush=True)
+        return given
 
     def run(self) -> dict[str, Any]:
         from carina.imaging.phantom import FINDINGS
@@ -101,28 +103,16 @@ class _Stages:
                 progress=lambda *_: progress.advance(),
             )
         columns = {key: f"{key}_id" for key in ("patient", "study")} | {key: key for key in ("view", "sex", "age")}
-        words = " ".join(f"{key}={value}" for key, value in columns.items())
-        labels = [*findings, "abnormal"]
-        self.say(f"carina prepare {table} out={self.store} scales={_list(SCALES)} {words} labels={_list(labels)}")
-        prepare(
-            str(table),
-            {
-                "out": str(self.store),
-                "scales": SCALES,
-                "labels": labels,
-                "synthetic": True,
-                "source": "phantoms",
-                **columns,
-            },
-            quiet=self.quiet,
-        )
+        given = {"out": str(self.store), "scales": SCALES, "source": "phantoms", "synthetic": True}
+        given |= {"labels": [*findings, "abnormal"], **columns}
+        prepare(str(table), self.say("prepare", table, given), quiet=self.quiet)
 
     def pretrain(self) -> None:
         from carina.pretrain.run import pretrain
 
-        self.say(f"carina pretrain quickstart store={self.store} out={self.pretrained}")
-        steps = {} if self.settings.steps is None else {"steps": self.settings.steps}
-        pretrain("quickstart", {"store": str(self.store), "out": str(self.pretrained), **steps}, quiet=self.quiet)
+        given = {"store": str(self.store), "out": str(self.pretrained), "seed": self.settings.seed}
+        given |= {} if self.settings.steps is None else {"steps": self.settings.steps}
+        pretrain("quickstart", self.say("pretrain", "quickstart", given), quiet=self.quiet)
 
     def finetune(self, task: str, mode: str, arm: str, findings: list[str]) -> tuple[Path, dict[str, Any]]:
         from carina.evaluate.score import evaluate
@@ -130,16 +120,13 @@ class _Stages:
 
         folder = self.out / f"{task}-{mode}-{arm}"
         backbone = str(self.pretrained) if arm == "pretrained" else f"random:{ARCHITECTURE}"
-        labels = {"labels": findings} if task == "classify" else {}
-        words = f" labels={_list(findings)}" if labels else ""
-        self.say(
-            f"carina finetune {task} backbone={backbone} store={self.store} out={folder} mode={mode} threshold_rows=null{words}"
-        )
-        common = {"backbone": backbone, "store": str(self.store), "out": str(folder), "mode": mode, "scale": SCALES[-1]}
-        fixed = {"size": SCALES[-1], "steps": STEPS[task], "threshold_rows": None, "wandb": "off"}
-        finetune(task, {**common, **labels, **fixed}, quiet=self.quiet)
+        given = {"backbone": backbone, "store": str(self.store), "out": str(folder), "mode": mode}
+        given |= {"scale": SCALES[-1], "size": SCALES[-1], "steps": STEPS[task], "threshold_rows": None, "wandb": "off"}
+        given |= {"labels": findings} if task == "classify" else {}
+        finetune(task, self.say("finetune", task, given), quiet=self.quiet)
         # every setting is fixed beforehand and thresholds are cross-fitted, so both held-out splits can be the test
-        result = evaluate(str(folder), {"store": str(self.store), "split": SPLIT, "resamples": 1000}, quiet=True)
+        given = {"store": str(self.store), "split": SPLIT, "resamples": 1000}
+        result = evaluate(str(folder), self.say("evaluate", folder, given), quiet=True)
         head = result["table"][0]
         return folder, {
             "task": task,
@@ -164,13 +151,16 @@ class _Stages:
         from carina.publish import publish
 
         folder = self.out / "published"
-        self.say(f"carina publish {self.pretrained} repo=org/name out={folder} --dry-run")
-        publish(str(self.pretrained), {"repo": "org/name", "out": str(folder)}, dry_run=True, quiet=self.quiet)
+        given = self.say("publish", self.pretrained, {"repo": "org/name", "out": str(folder)}, "--dry-run")
+        publish(str(self.pretrained), given, dry_run=True, quiet=self.quiet)
         return str(folder)
 
 
-def _list(values: list[Any]) -> str:
-    return "[" + ",".join(map(str, values)) + "]"
+def _plain(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, list):
+        return "[" + ",".join(map(str, value)) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _figure(value: dict[str, Any]) -> str:

@@ -110,8 +110,8 @@ def _sentence(
     """What a row says, for a reader who is no statistician."""
     if np.isnan(found.value):
         return f"{what}: nothing can be said, {found.reason}."
-    start = f"{what}: {METRIC_NAMES[metric]} {a.value:.3f} with {names[0]}, {b.value:.3f} with {names[1]}; the difference is "
-    start += _figures(found) + ". "
+    start = f"{what}: {METRIC_NAMES[metric]} {a.value:.3f} with {names[0]}, {b.value:.3f} with {names[1]}; "
+    start += f"the difference is {_figures(found)}. "
     if found.low == found.high == 0:
         return start + "The two arms rank these images alike."
     if not found.estimable:

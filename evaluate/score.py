@@ -232,12 +232,13 @@ def _report_content(result, frame, done, folders, recipe) -> dict[str, Any]:
     unknown = int(frame["target"].isna().sum())
     word = "synthetic " if result["synthetic"] else ""
     best = result["table"][0]
+    what = "the mean over labels" if best["label"] == "macro" else best["label"]
     headline = (
         "Nothing can be estimated: " + best["note"]
         if best["auroc"]["value"] is None
         else (
             f"AUROC {best['auroc']['value']:.3f} ({best['auroc']['low']:.3f} to {best['auroc']['high']:.3f}) for "
-            f"{'the mean over labels' if best['label'] == 'macro' else best['label']} on {result['images']} {word}images of {result['patients']} patients."
+            f"{what} on {result['images']} {word}images of {result['patients']} patients."
         )
     )
     warnings = []

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -146,7 +147,10 @@ class Engine:
         self.peak = base_rate(settings.optim, settings.batch_size)
         self.task = task.to(self.device)
         optimizer = make_optimizer(self.task, settings.optim, self.peak)
-        self.model, self.optimizer = self.accelerator.prepare(self.task, optimizer)
+        with warnings.catch_warnings():
+            # newer torch calls it forward_sync_buffers, which accelerate cannot pass on yet
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            self.model, self.optimizer = self.accelerator.prepare(self.task, optimizer)
         self.signal = 0
 
     # -- one step ---------------------------------------------------------------------------------------------------

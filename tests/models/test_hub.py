@@ -1,5 +1,7 @@
 """The upload, against a hub that the test plays."""
 
+from typing import ClassVar
+
 import huggingface_hub
 import pytest
 
@@ -9,7 +11,7 @@ from carina.publish import publish
 
 
 class Hub:
-    calls: list = []
+    calls: ClassVar[list] = []
     fail = None
 
     def create_repo(self, repo, **options):
