@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -35,6 +36,12 @@ class Batch:
     draws: Draws
     scale: int
     key: tuple[int, ...]
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The corpus in the order of one epoch; kept, because a million images take a while to shuffle."""
+    return permutation(count, seed, "order", epoch)
 
 
 class _Reader(Dataset):
@@ -97,7 +104,7 @@ class Plan:
         """Positions of the rows of micro-batch `number` (counted over all steps) on this rank."""
         step, micro = divmod(number, self.accumulate)
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = permutation(self.count, self.seed, "order", epoch)
+        order = _order(self.count, self.seed, epoch)
         start = place * self.batch_size + (micro * self.world + self.rank) * self.micro_batch
         return order[start : start + self.micro_batch]
 
