@@ -75,7 +75,7 @@ def _check(recipe: FinetuneRecipe, dry_run: bool) -> None:
         raise CarinaError(f"anomaly detection scores '{ABNORMAL}' and takes no other labels; leave labels= out")
     if recipe.folds is not None and recipe.fold >= recipe.folds:
         raise CarinaError(f"fold={recipe.fold} is not one of the {recipe.folds} folds; give 0 to {recipe.folds - 1}")
-    if recipe.folds is not None and recipe.task == "anomaly" and recipe.patients is not None:
+    if recipe.task == "anomaly" and recipe.patients is not None:
         raise CarinaError("patients= counts labelled patients of classify; anomaly uses every normal of the rows")
 
 
@@ -145,6 +145,8 @@ class _Work:
             # few labels: the largest even batch that the rows fill
             settings = recipe.model_copy(update={"batch_size": max(2, len(self.selection) // 2 * 2)})
         classify = recipe.task == "classify"
+        if not classify:
+            self.selection.check_lungs()
         task = Classification(self.backbone, recipe) if classify else Pasting(self.backbone, recipe)
         targets = to_targets(self.selection.targets(recipe.labels), recipe.uncertain) if classify else None
         return Engine(

@@ -97,7 +97,7 @@ def pretrain(
     task = build_task(recipe, selection, int(os.environ.get("WORLD_SIZE", 1)))
     masks = any(pretext.needs_masks for pretext in task.pretexts.values())
     if masks:
-        _check_masks(selection)
+        selection.check_lungs()
     engine = Engine(task, selection, recipe, scales=recipe.scales, masks=masks, name="pretrain", quiet=quiet)
     if dry_run:
         return engine.dry_run()
@@ -113,15 +113,6 @@ def pretrain(
         run.log(f"The backbone is in {run.folder / 'backbone'}")
     engine.accelerator.wait_for_everyone()
     return {"run": str(run.folder), "backbone": str(run.folder / "backbone"), **facts}
-
-
-def _check_masks(selection: Selection) -> None:
-    without = int((selection.table["lungs_source"] == "none").sum())
-    if without:
-        raise CarinaError(
-            f"anatpaste needs lung masks, and {without} of {len(selection)} rows have none; prepare the store again "
-            "with lungs=true or mask=COLUMN"
-        )
 
 
 def _export(run: Run, recipe: PretrainRecipe, selection: Selection, task: Pretraining, facts: dict[str, Any]) -> None:

@@ -115,6 +115,16 @@ def test_a_full_disk_stops_prepare_and_it_continues(phantom_folder, tmp_path, mo
     assert len(Store(tmp_path / "store")) > 40
 
 
+def test_pasting_without_lung_masks(carina, phantom_folder, tmp_path):
+    from carina.intake.prepare import prepare
+
+    given = {"out": str(tmp_path / "store"), "scales": [64], "lungs": False, "labels": ["abnormal"], "workers": 1}
+    prepare(str(phantom_folder / "labels.csv"), given, quiet=True)
+    for words in (("pretrain", "debug/anatpaste"), ("finetune", "anomaly", "mode=full", "architecture=test_resnet")):
+        told = carina(*words, f"store={tmp_path / 'store'}", f"out={tmp_path / 'run'}", code=2).stderr
+        assert "pasting needs lung masks" in told and "lungs=true" in told and not (tmp_path / "run").exists()
+
+
 def test_a_fault_of_ours_is_not_blamed_on_the_user(capsys, monkeypatch):
     from carina import cli
 

@@ -195,6 +195,15 @@ class Selection:
                 store.check_label(label)
         return self.table[[LABEL + label for label in labels]].to_numpy(np.float32)
 
+    def check_lungs(self) -> None:
+        """Raise CarinaError unless every row has a lung mask: without one pasting would change nothing."""
+        without = int((self.table["lungs_source"] == "none").sum())
+        if without:
+            raise CarinaError(
+                f"pasting needs lung masks, and {without} of {len(self)} rows have none; prepare the store again with "
+                "lungs=true or mask=COLUMN"
+            )
+
     def _by_store(self, rows: Sequence[int]) -> Iterable[tuple[int, np.ndarray, np.ndarray]]:
         stores = self.table["_store"].to_numpy()[rows]
         positions = self.table["_position"].to_numpy()[rows]

@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import nn
 
 from carina.draws import Draws
-from carina.errors import CarinaError
 from carina.imaging.pasting import JITTER, anatpaste
 from carina.imaging.views import jitter
 from carina.models.backbones import Backbone, seeded
@@ -41,13 +40,9 @@ class PastingHead(nn.Module):
 
 
 def pasting_views(
-    images: torch.Tensor, masks: torch.Tensor | None, draws: Draws
+    images: torch.Tensor, masks: torch.Tensor, draws: Draws
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The jittered image, the same with a pasted lesion, and alpha; all (B, 1, S, S)."""
-    if masks is None:
-        raise CarinaError(
-            "pasting needs lung masks, and this store has none; prepare it again with lungs=true or mask="
-        )
     whole = jitter(images, draws.part("pasting whole"), JITTER)
     pasted, alpha = anatpaste(whole, masks, draws)
     return whole, pasted, alpha

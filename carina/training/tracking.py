@@ -38,7 +38,7 @@ class Tracker:
             x_disable_machine_info=True,
             x_save_requirements=False,
         )
-        private = ("store", "out", "backbone", "watch")
+        private = ("store", "out", "init", "backbone", "where")
         self.wandb = wandb.init(
             project="carina",
             dir=str(run.folder),
