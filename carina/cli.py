@@ -89,24 +89,16 @@ def _evaluate(args, positionals, overrides):
 
 
 def _compare(args, positionals, overrides):
+    from carina.evaluate.compare import CompareSettings, table
     from carina.evaluate.compare import main as compare
-    from carina.evaluate.compare import table
-    from carina.recipes import parse_overrides
+    from carina.recipes import parse_overrides, validate
 
-    given = parse_overrides(overrides)
-    unknown = set(given) - {"a", "b", "resamples", "out"}
-    if unknown:
-        name = sorted(unknown)[0]
-        raise CarinaError(f"compare: '{name}' is not a key here{nearest(name, ('a', 'b', 'resamples', 'out'))}")
-    for arm in ("a", "b"):
-        if not given.get(arm):
-            raise CarinaError(f"compare needs both arms; give {arm}=DIR or {arm}=DIR,DIR")
-    a, b = (given[k] if isinstance(given[k], list) else str(given[k]).split(",") for k in ("a", "b"))
-    result = compare(a, b, int(given.get("resamples", 10_000)))
-    if given.get("out"):
+    settings = validate(CompareSettings, parse_overrides(overrides), "compare")
+    result = compare(settings.a, settings.b, settings.resamples)
+    if settings.out:
         from carina.files import write_json
 
-        write_json(f"{given['out']}/comparison.json", result)
+        write_json(f"{settings.out}/comparison.json", result)
     if not args.json:
         _show(table(result))
         for row in result.get("rows", ()):
@@ -239,6 +231,15 @@ def _print_recipe(stage: str, model, name: str, overrides: list[str]) -> dict[st
     return recipe.model_dump(mode="json")
 
 
+def _print_given(positionals: list[str], overrides: list[str]) -> dict[str, Any]:
+    from carina.recipes import parse_overrides
+
+    given = {"works_on": positionals, **parse_overrides(overrides)}
+    for key, value in given.items():
+        print(f"{key}: {value}", file=sys.stderr if "--json" in sys.argv else sys.stdout)
+    return given
+
+
 def _show(renderable: Any) -> None:
     from rich.console import Console
 
@@ -313,7 +314,10 @@ def _run(arguments: list[str]) -> int:
         raise CarinaError(f"carina {name} needs {verb.works_on}; for example: {verb.example}")
     if most is not None and len(positionals) > most:
         raise CarinaError(f"carina {name} does not know what to do with '{positionals[most]}'; example: {verb.example}")
-    result = verb.run(args, positionals, overrides)
+    if args.print and name not in ("prepare", "pretrain", "finetune", "evaluate"):
+        result = _print_given(positionals, overrides)  # these have no recipe beyond what was given
+    else:
+        result = verb.run(args, positionals, overrides)
     if args.json and int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(result, allow_nan=False))
     return 0

@@ -9,20 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from pydantic import Field
 
 from carina.errors import CarinaError
 from carina.files import read_json
 from carina.metrics.intervals import MIN_POSITIVES, Difference, Interval, difference, holm, interval
 from carina.metrics.resampling import Replicates, replicate
+from carina.recipes import Section
 
 COLUMNS = ("image_id", "patient_id", "split", "fold", "seed", "label", "target", "score")
 METRIC_NAMES = {"auroc": "AUROC", "average_precision": "average precision"}
 ALPHA = 0.05
+
+
+class CompareSettings(Section):
+    """a, b: folders of each arm, as a list or ``DIR,DIR``. resamples: of patients. out: where comparison.json goes."""
+
+    a: str | list[str]
+    b: str | list[str]
+    resamples: Annotated[int, Field(ge=1)] = 10_000
+    out: str | None = None
 
 
 def read_predictions(folder: str | Path) -> pd.DataFrame:

@@ -23,16 +23,15 @@ from carina.progress import Progress
 from carina.recipes import Section, parse_overrides, validate
 from carina.training.engine import pick_device
 
+BATCH = 32  # files read and scored at a time
+
 
 def read_files(
     paths: Sequence[str], scales: Sequence[int], photometry: Photometry, geometry: Geometry
 ) -> tuple[list[str], dict[int, torch.Tensor], list[dict[str, str]]]:
     """Files as prepare would store them: (paths read, scale -> (N, 1, S, S) in [0, 1], rejected with reasons)."""
-    files = [file for path in paths for file in (list_files(path) if _many(path) else [path])]
-    if not files:
-        raise CarinaError(f"{', '.join(paths)} holds no files; check the path")
     read, images, rejected = [], {scale: [] for scale in scales}, []
-    for file in files:
+    for file in paths:
         try:
             radiograph = read_radiograph(file, photometry)
         except Unreadable as error:
@@ -50,8 +49,12 @@ def read_files(
     return read, stacked, rejected
 
 
-def _many(path: str) -> bool:
-    return Path(path).is_dir() or any(c in path for c in "*?[")
+def expand(paths: Sequence[str]) -> list[str]:
+    """Files as given, folders and globs as the files in them."""
+    files = [str(f) for p in paths for f in (list_files(p) if Path(p).is_dir() or any(c in p for c in "*?[") else [p])]
+    if not files:
+        raise CarinaError(f"{', '.join(paths)} holds no files; check the path")
+    return files
 
 
 def predict(run: str, paths: Sequence[str], *, maps: str | None = None, quiet: bool = False) -> dict[str, Any]:
@@ -66,8 +69,10 @@ def predict(run: str, paths: Sequence[str], *, maps: str | None = None, quiet: b
         Geometry.from_dict(predictor.info["geometry"]),
     )
     predictions, rejected = [], []
-    batches = [paths[i : i + 32] for i in range(0, len(paths), 32)]
-    with Progress("predict", len(paths), unit="files", quiet=quiet) as progress:
+    files = expand(paths)
+    batches = [files[i : i + BATCH] for i in range(0, len(files), BATCH)]
+    names = _map_names(files)
+    with Progress("predict", len(files), unit="files", quiet=quiet) as progress:
         for batch in batches:
             read, images, bad = read_files(batch, predictor.scales, photometry, geometry)
             rejected += bad
@@ -78,7 +83,8 @@ def predict(run: str, paths: Sequence[str], *, maps: str | None = None, quiet: b
                     above = {label: value >= predictor.info["thresholds"][label] for label, value in values.items()}
                     predictions.append({"path": path, "scores": values, "above_threshold": above})
                 if maps:
-                    _write_maps(Path(maps), predictor, read, images[predictor.scales[0]].to(device))
+                    pixels = images[predictor.scales[0]].to(device)
+                    _write_maps(Path(maps), predictor, [names[path] for path in read], pixels)
             progress.advance(len(batch))
     if not predictions:
         raise CarinaError(f"none of the {len(rejected)} files could be read; the first reason: {rejected[0]['reason']}")
@@ -91,15 +97,26 @@ def predict(run: str, paths: Sequence[str], *, maps: str | None = None, quiet: b
     }
 
 
-def _write_maps(folder: Path, predictor, paths: list[str], images: torch.Tensor) -> None:
+def _map_names(files: Sequence[str]) -> dict[str, str]:
+    """A name for each file's maps: its stem, with a number where several files share it."""
+    names: dict[str, str] = {}
+    taken: dict[str, int] = {}
+    for file in files:
+        stem = Path(file).stem
+        taken[stem] = taken.get(stem, 0) + 1
+        names[file] = stem if taken[stem] == 1 else f"{stem}-{taken[stem]}"
+    return names
+
+
+def _write_maps(folder: Path, predictor, names: list[str], images: torch.Tensor) -> None:
     from carina.evaluate.report.figures import example
 
     member = predictor.members[0]
     for column, label in enumerate(predictor.labels):
         heats = heat_maps(member, images, column)
-        for path, image, heat in zip(paths, images.cpu(), heats):
+        for name, image, heat in zip(names, images.cpu(), heats):
             picture = example(image[0].numpy(), heat, None, False)
-            with atomic_path(folder / f"{Path(path).stem}-{label}.png") as temporary:
+            with atomic_path(folder / f"{name}-{label}.png") as temporary:
                 temporary.write_bytes(picture)
 
 
@@ -161,12 +178,16 @@ def _embed_files(run: str, backbone: Backbone, sources: Sequence[str], device) -
             break
     photometry = Photometry.from_dict(facts["photometry"]) if "photometry" in facts else Photometry()
     geometry = Geometry.from_dict(facts["geometry"]) if "geometry" in facts else Geometry()
-    read, images, rejected = read_files(sources, [backbone.spec.size], photometry, geometry)
-    if not read:
+    files, done, rejected, features = expand(sources), [], [], []
+    for start in range(0, len(files), BATCH):
+        read, images, bad = read_files(files[start : start + BATCH], [backbone.spec.size], photometry, geometry)
+        rejected += bad
+        if read:
+            done += read
+            features.append(backbone.features(images[backbone.spec.size].to(device)).float().cpu().numpy())
+    if not done:
         raise CarinaError(f"none of the {len(rejected)} files could be read; the first reason: {rejected[0]['reason']}")
-    batches = images[backbone.spec.size].split(64)
-    features = np.concatenate([backbone.features(batch.to(device)).float().cpu().numpy() for batch in batches])
-    return pa.table({"path": pa.array(read), "features": _vectors(features)}), rejected
+    return pa.table({"path": pa.array(done), "features": _vectors(np.concatenate(features))}), rejected
 
 
 def terminal_table(result: dict[str, Any]) -> Any:

@@ -74,6 +74,11 @@ def evaluation_rows(predictor: Predictor, recipe: EvaluateRecipe) -> Selection:
         if folds is None:
             raise CarinaError("split=fold needs a run that was trained with folds=; give split=test")
         whole = select(recipe.store, where=predictor.info["where"])
+        if whole.hashes != predictor.info["store_hashes"]:
+            raise CarinaError(
+                "the folds of this run were dealt over another store, so this one would mix trained and held-out patients; "
+                "give the store that the run was trained on"
+            )
         number = patient_folds(whole.table["patient_id"].tolist(), folds, predictor.info["draw"])
         mine = set(whole.table["patient_id"].to_numpy()[number == fold])
         return selection.where(selection.table["patient_id"].isin(mine).to_numpy())
@@ -161,7 +166,27 @@ def overlap_sentence(found: dict[str, Any]) -> str:
     ]
     text = "; ".join(parts) + "."
     text = text[0].upper() + text[1:]
-    return text if found["complete"] else text + " A part of the backbone's past is unknown."
+    return text + "".join(f" But {doubt}." for doubt in found["doubts"])
+
+
+def pooled_overlap(folds: list[dict[str, Any]]) -> dict[str, Any]:
+    """The overlaps of several folds as one: counts add up, because no test row is in two folds."""
+    known = [fold for fold in folds if fold["known"]]
+    if len(known) < len(folds):
+        return overlap(None, None)
+    stages: dict[str, dict[str, int]] = {}
+    for fold in folds:
+        for stage, seen in fold["stages"].items():
+            total = stages.setdefault(stage, dict.fromkeys(seen, 0))
+            for name, number in seen.items():
+                total[name] += number
+    return {
+        "known": True,
+        "doubts": sorted({doubt for fold in folds for doubt in fold["doubts"]}),
+        "images": sum(fold["images"] for fold in folds),
+        "patients": sum(fold["patients"] for fold in folds),
+        "stages": stages,
+    }
 
 
 def evaluate(runs: str, overrides: Any = (), *, quiet: bool = False) -> dict[str, Any]:
@@ -186,8 +211,10 @@ def evaluate(runs: str, overrides: Any = (), *, quiet: bool = False) -> dict[str
         raise CarinaError(f"{frame['image_id'].nunique()} image is too few to evaluate; widen split= or where=")
     thresholds = predictor.info["thresholds"] if len(done) == 1 else None
     table = metric_table(frame, labels, thresholds, recipe)
-    seen = done[0][3] if len(done) == 1 else {"known": False, "complete": False, "stages": {}}
-    sentence = overlap_sentence(seen) if len(done) == 1 else " ".join(overlap_sentence(entry[3]) for entry in done)
+    seen = done[0][3] if len(done) == 1 else pooled_overlap([entry[3] for entry in done])
+    sentence = overlap_sentence(seen)
+    if predictor.info["transductive"]:
+        sentence += " Transductive: pretraining read rows outside the training split."
     synthetic = any(s.synthetic for _, s, _, _ in done) or predictor.info["synthetic"]
     result = {
         "kind": predictor.info["kind"],
@@ -201,6 +228,8 @@ def evaluate(runs: str, overrides: Any = (), *, quiet: bool = False) -> dict[str
         "score": predictor.info["score"],
         "synthetic": bool(synthetic),
         "labels_used": predictor.info["labels_used"],
+        "pretext_saw": predictor.info["pretext_saw"],
+        "transductive": predictor.info["transductive"],
         "finetune_saw": predictor.info["finetune_saw"],
         "thresholds_from": predictor.info["thresholds_from"],
         "overlap": seen,
@@ -244,7 +273,7 @@ def _report_content(result, frame, done, folders, recipe) -> dict[str, Any]:
     warnings = []
     if result["synthetic"]:
         warnings.append("These radiographs are synthetic: the figures say that the software runs, nothing of patients.")
-    if any(stage["patients"] for stage in result["overlap"]["stages"].values()) or not result["overlap"]["complete"]:
+    if any(stage["patients"] for stage in result["overlap"]["stages"].values()) or result["overlap"]["doubts"]:
         warnings.append(result["overlap_sentence"])
     flow = [
         {"what": "scored", "images": result["images"], "patients": result["patients"], "note": f"split {recipe.split}"}
@@ -270,8 +299,8 @@ def _report_content(result, frame, done, folders, recipe) -> dict[str, Any]:
         "predictions": frame,
         "examples": _examples(predictor, selection, scores, recipe.examples),
         "data_flow": flow,
-        "labels_used": f"Labels used: {result['labels_used']}. {unknown} unknown or uncertain values left out. Thresholds "
-        f"from {result['thresholds_from']}.",
+        "labels_used": f"Pretext saw: {result['pretext_saw']}. Labels used: {result['labels_used']}. {unknown} unknown or "
+        f"uncertain values left out. Thresholds from {result['thresholds_from']}.",
         "overlap": {
             "sentence": result["overlap_sentence"],
             "counts": {stage: seen["patients"] for stage, seen in result["overlap"]["stages"].items()},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from carina.data.batches import in_order, intensity
@@ -17,7 +19,7 @@ from carina.finetune.anomaly import Pasting, cross_fitted_distances, distances, 
 from carina.finetune.classify import Classification, probe
 from carina.finetune.recipe import FinetuneRecipe
 from carina.metrics.ranking import youden
-from carina.models.backbones import EXTERNAL, Backbone, load_backbone
+from carina.models.backbones import EXTERNAL, Backbone, backbone_record, load_backbone
 from carina.models.hub import predictor_card
 from carina.models.predictor import Member, Predictor, save_predictor
 from carina.recipes import build
@@ -136,7 +138,8 @@ class _Work:
         self.head = None
         self.device = pick_device()
         self.engine = self._engine() if recipe.mode == "full" else None
-        self.main = self.engine is None or self.engine.rank == 0
+        rank = int(os.environ.get("RANK", 0)) if self.engine is None else self.engine.rank
+        self.main = rank == 0
 
     def _engine(self) -> Engine:
         recipe = self.recipe
@@ -167,7 +170,8 @@ class _Work:
 
     def start(self, resume: bool) -> Run:
         if not self.main:
-            self.engine.accelerator.wait_for_everyone()
+            if self.engine is not None:
+                self.engine.accelerator.wait_for_everyone()
             return Run(self.recipe.out, quiet=True)
         run = Run.start(self.recipe.out, "finetune", self.recipe, resume=resume, quiet=self.quiet)
         if self.engine is not None:
@@ -176,11 +180,14 @@ class _Work:
 
     def train(self, run: Run, resume: bool) -> dict[str, Any]:
         if self.engine is None:
+            facts = {"steps": 0, "images_seen": 0, "hours": 0.0, "world_size": 1}
+            if not self.main:  # a frozen backbone needs one process; others started by a launcher have nothing to do
+                return facts
             run.log(
                 f"finetune {self.recipe.task}: frozen {self.backbone.spec.name} ({self.backbone.spec.origin}), "
                 f"{len(self.selection)} images, scale {self.scale}"
             )
-            return {"steps": 0, "images_seen": 0, "hours": 0.0, "world_size": 1}
+            return facts
         facts = self.engine.fit(run, resume=resume)
         self.backbone = self.engine.task.backbone
         self.head = getattr(self.engine.task, "head", None)
@@ -201,7 +208,7 @@ class _Work:
         else:
             member, extra = self._detector()
         member = member.cpu().eval()
-        table = self.selection.table
+        table, past = self.selection.table, backbone_record(recipe.backbone)
         saw = "normals only" if recipe.task == "anomaly" else "labelled images"
         info = {
             "kind": recipe.task,
@@ -212,6 +219,8 @@ class _Work:
             "geometry": self.selection.geometry,
             "synthetic": self.selection.synthetic,
             "labels_used": self._labels_used(),
+            "pretext_saw": past.get("pretext_saw", "nothing" if recipe.backbone.startswith("random") else "unknown"),
+            "transductive": bool(past.get("transductive", False)),
             "finetune_saw": saw,
             "data": {"images": len(table), "patients": int(table["patient_id"].nunique())},
             "store_hashes": self.selection.hashes,
@@ -226,8 +235,12 @@ class _Work:
         predictor = Predictor(info, [member])
         members = [{"backbone": member.backbone.spec.to_dict(), "scale": self.scale}]
         save_predictor(run.folder / "predictor", predictor, predictor_card({**info, "members": members}, [], None))
-        rows = seen_rows(self.selection, f"finetune {recipe.task}")
-        write_manifest(run.folder, rows, began_with=recipe.backbone, natural_images=recipe.backbone in EXTERNAL)
+        rows = [seen_rows(self.selection, f"finetune {recipe.task}")]
+        if self.held_out is not None:
+            rows.append(seen_rows(self.held_out, "thresholds"))
+        write_manifest(
+            run.folder, pd.concat(rows), began_with=recipe.backbone, natural_images=recipe.backbone in EXTERNAL
+        )
         return info
 
     def _labels_used(self) -> str:

@@ -14,7 +14,7 @@ from carina.data.batches import Batch, intensity
 from carina.data.manifest import seen_rows, write_manifest
 from carina.data.store import LABEL, Selection, select
 from carina.errors import CarinaError
-from carina.models.backbones import EXTERNAL, Backbone, load_backbone
+from carina.models.backbones import EXTERNAL, Backbone, backbone_record, load_backbone
 from carina.models.checkpoints import write_backbone
 from carina.models.hub import backbone_card
 from carina.pretrain.pretexts import Corpus, methods
@@ -78,8 +78,9 @@ def what_was_seen(selection: Selection) -> str:
     known = selection.table[column].dropna()
     if not len(known):
         return "unlabelled images"
-    share = float((known == 1).mean())
-    return "normals only" if share == 0 and len(known) == len(selection) else f"a mixture with {share:.0%} abnormal"
+    if len(known) == len(selection) and (known == 0).all():
+        return "normals only"
+    return f"a mixture with {float((known == 1).mean()):.0%} abnormal"
 
 
 def pretrain(
@@ -126,7 +127,7 @@ def _export(run: Run, recipe: PretrainRecipe, selection: Selection, task: Pretra
         "geometry": selection.geometry,
         "store_hashes": selection.hashes,
         "synthetic": selection.synthetic,
-        "transductive": recipe.rows != "train",
+        "transductive": recipe.rows != "train" or bool(backbone_record(recipe.init).get("transductive", False)),
         "pretext_saw": what_was_seen(selection),
         "labels_used": "for the choice of rows (where)" if recipe.where and "label_" in recipe.where else "none",
         "data": corpus_facts(selection),

@@ -23,7 +23,9 @@ from carina.errors import CarinaError
         (["evaluate", "nowhere", "store=x"], "holds no predictor"),
         (["finetune", "classify", "store=x", "out=y"], "give labels="),
         (["publish", "nowhere", "repo=a/b", "out=z", "--dry-run"], "nowhere is not a run of carina"),
-        (["compare", "a=nowhere"], "give b=DIR"),
+        (["compare", "a=nowhere"], "compare: 'b' is needed"),
+        (["compare", "a=x", "b=y", "resamples=many"], "compare: resamples: input should be a valid integer"),
+        (["compare", "a=[1,2]", "b=y"], "compare: a"),
         (["pretian"], "'pretian' is not a verb of carina (did you mean 'pretrain'?)"),
         (["prepare", "--jsn", "x"], "has no flag --jsn"),
         (["prepare"], "carina prepare needs SOURCE"),
@@ -78,23 +80,22 @@ def test_a_full_disk_stops_pretraining_with_a_sentence_and_keeps_the_last_checkp
 ):
     from carina.models.backbones import load_backbone
     from carina.pretrain.run import pretrain
-    from carina.training import engine
 
     given = {"store": str(phantom_store), "out": str(tmp_path / "run"), "steps": 8, "batch_size": 8, "threads": 1}
     given |= {"checkpoint_every": 2}
-    original, calls = engine.save_tensors, []
+    original, calls = files.os.fsync, []
 
-    def full(path, tensors):
-        calls.append(path)
-        if len(calls) > 4:
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(list((tmp_path / "run").glob("checkpoints/step-*"))) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        original(path, tensors)
+        original(descriptor)
 
-    monkeypatch.setattr(engine, "save_tensors", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(CarinaError, match=r"disk that holds .* is full.*what was finished is kept"):
         pretrain("debug/moco", given, quiet=True)
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
-    monkeypatch.setattr(engine, "save_tensors", original)
+    monkeypatch.setattr(files.os, "fsync", original)
     pretrain("debug/moco", given, resume=True, quiet=True)
     assert load_backbone(str(tmp_path / "run")).dimension > 0
 
@@ -123,6 +124,35 @@ def test_pasting_without_lung_masks(carina, phantom_folder, tmp_path):
     for words in (("pretrain", "debug/anatpaste"), ("finetune", "anomaly", "mode=full", "architecture=test_resnet")):
         told = carina(*words, f"store={tmp_path / 'store'}", f"out={tmp_path / 'run'}", code=2).stderr
         assert "pasting needs lung masks" in told and "lungs=true" in told and not (tmp_path / "run").exists()
+
+
+def test_print_runs_nothing(capsys, tmp_path, monkeypatch):
+    from carina.cli import VERBS, main
+
+    monkeypatch.chdir(tmp_path)
+    given = {"pretrain": "debug/moco", "finetune": "classify"}
+    for verb, entry in VERBS.items():
+        words = [given.get(verb, "x")] * max(entry.positionals[0], int(verb in given))
+        assert main([verb, *words, "--print"]) == 0
+    assert not list(tmp_path.iterdir()) and "optim:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_weights_files_that_do_not_fit_or_are_broken(suffix, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    from carina.models.backbones import load_backbone, random_backbone
+
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(b"not weights")
+    with pytest.raises(CarinaError, match="weights"):
+        load_backbone(str(path), architecture="test_resnet")
+    weights = {k: v.contiguous() for k, v in random_backbone("test_vit", 64, 0).network.state_dict().items()}
+    save_file(weights, path) if suffix == ".safetensors" else torch.save(weights, path)
+    with pytest.raises(CarinaError, match=r"lacks .* tensors of test_resnet"):
+        load_backbone(str(path), architecture="test_resnet")
+    assert load_backbone(str(path), architecture="test_vit", size=64).spec.size == 64
 
 
 def test_a_fault_of_ours_is_not_blamed_on_the_user(capsys, monkeypatch):

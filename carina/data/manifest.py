@@ -12,12 +12,12 @@ from carina.files import write_table
 
 MANIFEST = "manifest.parquet"
 UNKNOWN = "unknown"
-COLUMNS = ["patient_id", "image_id", "content_hash", "stage"]
+COLUMNS = ["patient_id", "image_id", "content_hash", "stage", "key"]
 
 
 def seen_rows(selection: Selection, stage: str) -> pd.DataFrame:
     """Keyed hashes of the rows a stage trains on."""
-    return selection.table[COLUMNS[:3]].assign(stage=stage)
+    return selection.table[COLUMNS[:3]].assign(stage=stage, key=selection.key_check)
 
 
 def find_manifest(reference: str) -> pd.DataFrame | None:
@@ -45,12 +45,21 @@ def write_manifest(folder: Path, rows: pd.DataFrame, began_with: str, natural_im
 def overlap(manifest: pd.DataFrame | None, test: Selection) -> dict[str, Any]:
     """How many test rows share a patient or pixels with what was seen, by stage.
 
-    ``known`` is False where there is no manifest, ``complete`` where a part of the past is unknown: neither is clean.
+    ``known`` is False where there is no manifest; ``doubts`` says why a part of the past cannot be compared. Neither is
+    taken for clean.
     """
     if manifest is None:
-        return {"known": False, "complete": False, "stages": {}}
+        return {"known": False, "doubts": ["what the backbone was trained on is unknown"], "stages": {}}
+    seen, doubts = manifest[manifest["stage"] != UNKNOWN], []
+    if len(seen) < len(manifest):
+        doubts.append("a part of the backbone's past is unknown")
+    if (seen["key"] != test.key_check).any():
+        doubts.append("some of it was prepared under another key, so its patients cannot be matched")
+    nameless = int(test.table["patient_id"].str.startswith("file-").sum())
+    if nameless or seen["patient_id"].str.startswith("file-").any():
+        doubts.append("the patients of some images are unknown")
     stages = {}
-    for stage, rows in manifest[manifest["stage"] != UNKNOWN].groupby("stage"):
+    for stage, rows in seen.groupby("stage"):
         patients = test.table["patient_id"].isin(set(rows["patient_id"]))
         same = test.table["content_hash"].isin(set(rows["content_hash"]))
         stages[str(stage)] = {
@@ -60,7 +69,7 @@ def overlap(manifest: pd.DataFrame | None, test: Selection) -> dict[str, Any]:
         }
     return {
         "known": True,
-        "complete": not (manifest["stage"] == UNKNOWN).any(),
+        "doubts": doubts,
         "images": len(test),
         "patients": int(test.table["patient_id"].nunique()),
         "stages": stages,

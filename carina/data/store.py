@@ -148,6 +148,16 @@ class Store:
             )
 
 
+def check_splits(table: pd.DataFrame, where: str) -> None:
+    """Raise CarinaError when a patient stands in more than one split."""
+    several = int((table.groupby("patient_id")["split"].nunique() > 1).sum())
+    if several:
+        raise CarinaError(
+            f"{several} patients of {where} stand in more than one split, so training would see test patients; give "
+            "every patient one split when preparing"
+        )
+
+
 class Selection:
     """Rows of one or several stores, read as one: the unit that every stage works on.
 
@@ -176,6 +186,10 @@ class Selection:
     @property
     def hashes(self) -> list[str]:
         return [store.info["store_hash"] for store in self.stores]
+
+    @property
+    def key_check(self) -> str:
+        return self.stores[0].info["key_check"]
 
     @property
     def synthetic(self) -> bool:
@@ -270,6 +284,7 @@ def select(
                 "archives that use the same file names under different names with source=NAME"
             )
         table = table.drop_duplicates("image_id", keep="first")
+        check_splits(table, "these stores together")
     selection = Selection(opened, table)
     if rows != "all":
         selection = selection.split(rows)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from typing import Any
 
 import cv2
 import numpy as np
+from joblib.externals.loky import ProcessPoolExecutor
+from joblib.externals.loky.process_executor import BrokenProcessPool
 
 from carina.imaging.dicom import Unreadable, read_radiograph
 from carina.imaging.lungs import lung_mask
@@ -55,6 +55,8 @@ def prepare_file(item: Item, settings: Settings) -> Prepared:
         return _prepare_file(item, settings)
     except Unreadable as error:
         return Prepared(reason=str(error))
+    except Exception as error:  # libraries fail on broken files in many ways; one file never ends a run
+        return Prepared(reason=f"it could not be processed ({type(error).__name__})")
 
 
 def _prepare_file(item: Item, settings: Settings) -> Prepared:
@@ -122,22 +124,17 @@ def prepare_files(items: Sequence[Item], settings: Settings) -> list[Prepared]:
     return [prepare_file(item, settings) for item in items]
 
 
-def prepare_isolated(items: Sequence[Item], settings: Settings) -> list[Prepared]:
-    """As `prepare_files`, after a worker died: one process that is replaced when a file kills or hangs it."""
-    results = []
+def prepare_isolated(items: Sequence[Item], settings: Settings) -> Iterator[Prepared]:
+    """One result after another from one other process, which is replaced when a file kills or hangs it."""
     pool = None
     for item in items:
-        if pool is None:
-            pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        pool = pool or ProcessPoolExecutor(1)
         try:
-            results += pool.submit(prepare_files, [item], settings).result(timeout=ISOLATED_SECONDS)
-        except (concurrent.futures.process.BrokenProcessPool, TimeoutError) as error:
-            hung = isinstance(error, TimeoutError)
-            for process in list(pool._processes.values()):
-                process.kill()
-            pool.shutdown(wait=False, cancel_futures=True)
+            yield from pool.submit(prepare_files, [item], settings).result(timeout=ISOLATED_SECONDS)
+        except (BrokenProcessPool, TimeoutError) as error:
+            pool.shutdown(kill_workers=True)
             pool = None
-            results.append(Prepared(reason="its decoder hung" if hung else "its decoder crashed"))
+            hung = isinstance(error, TimeoutError)
+            yield Prepared(reason="its decoder hung" if hung else "its decoder crashed")
     if pool is not None:
         pool.shutdown()
-    return results

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,22 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed, effective_n_jobs
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from carina import __version__
 from carina.data.labels import ABNORMAL, abnormal_from
 from carina.data.splits import split_of
-from carina.data.store import LABEL, SCHEMA_VERSION, SHARD_SIZE, Store, labels_hash, store_hash, table_schema
+from carina.data.store import (
+    LABEL,
+    SCHEMA_VERSION,
+    SHARD_SIZE,
+    Store,
+    check_splits,
+    labels_hash,
+    store_hash,
+    table_schema,
+)
 from carina.errors import CarinaError
 from carina.files import atomic_path, disk_errors, folder_size, read_json, write_json, write_table
 from carina.imaging.photometry import Geometry, Photometry
@@ -61,14 +71,16 @@ def prepare(source: str, overrides: Any = (), *, quiet: bool = False) -> dict[st
     if (out / "store.json").exists():
         done = Store(out).info
         if done["plan"] == plan:
+            _clear(out, key, plan)  # what a kill after the last write may have left
             say(f"{out} is already prepared from these files; nothing to do.")
             return {**done, "store": str(out), "paths": str(_paths_file(key, done["store_hash"]))}
         raise CarinaError(f"{out} already holds another store; choose another out=")
     _start_or_continue(out, plan, say)
 
-    work = _Work(out, recipe, key, items)
+    work = _Work(out, recipe, key, items, _private_parts(key, plan))
     work.run(quiet)
     info = work.finish(plan)
+    _clear(out, key, plan)
     for line in summary(info):
         say(line)
     paths = _paths_file(key, info["store_hash"])
@@ -90,12 +102,24 @@ def _source_hash(items: list[Item], key: Key) -> str:
     """Keyed, so that the plan on disk tells nothing about file names."""
     digest = hashlib.blake2b(digest_size=16)
     for item in items:
-        digest.update(json.dumps([item.relative, item.patient, item.study, item.split, item.labels]).encode())
+        digest.update(json.dumps({**asdict(item), "path": ""}, sort_keys=True).encode())
     return key.hash("source", digest.hexdigest())
 
 
 def _paths_file(key: Key, hash_: str) -> Path:
     return key.folder / "paths" / f"{hash_}.parquet"
+
+
+def _private_parts(key: Key, plan: dict[str, Any]) -> Path:
+    """Where the paths of an unfinished store wait: they never touch the store's own folder."""
+    digest = hashlib.blake2b(json.dumps(plan, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return key.folder / "paths" / f"unfinished-{digest}"
+
+
+def _clear(out: Path, key: Key, plan: dict[str, Any]) -> None:
+    for folder in (out / "parts", _private_parts(key, plan)):
+        shutil.rmtree(folder, ignore_errors=True)
+    (out / PLAN).unlink(missing_ok=True)
 
 
 def _start_or_continue(out: Path, plan: dict[str, Any], say: _Voice) -> None:
@@ -118,8 +142,8 @@ def _start_or_continue(out: Path, plan: dict[str, Any], say: _Voice) -> None:
 class _Work:
     """The shards of one store: 1,024 files each in sorted order, every one finished by its part of the table."""
 
-    def __init__(self, out: Path, recipe: PrepareRecipe, key: Key, items: list[Item]):
-        self.out, self.recipe, self.key, self.items = out, recipe, key, items
+    def __init__(self, out: Path, recipe: PrepareRecipe, key: Key, items: list[Item], private: Path):
+        self.out, self.recipe, self.key, self.items, self.private = out, recipe, key, items, private
         self.photometry = Photometry(recipe.window, recipe.for_processing, recipe.frames)
         self.geometry = Geometry(recipe.fit)
         self.settings = Settings(tuple(recipe.scales), self.photometry, self.geometry, recipe.lungs)
@@ -128,10 +152,11 @@ class _Work:
         self.shards = -(-len(items) // SHARD_SIZE)
 
     def part(self, shard: int, kind: str = "rows") -> Path:
-        return self.out / "parts" / f"{kind}-{shard:05d}.parquet"
+        folder = self.private if kind == "paths" else self.out / "parts"
+        return folder / f"{kind}-{shard:05d}.parquet"
 
     def run(self, quiet: bool) -> None:
-        pending = [shard for shard in range(self.shards) if not self.part(shard).exists()]
+        pending = [s for s in range(self.shards) if not (self.part(s).exists() and self.part(s, "paths").exists())]
         done = (self.shards - len(pending)) * SHARD_SIZE
         with Progress("prepare", len(self.items), unit="files", done=done, quiet=quiet) as progress:
             for shard in pending:
@@ -141,21 +166,21 @@ class _Work:
     def _prepare(self, items: list[Item], progress: Progress) -> list[Prepared]:
         chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
         results: list[Prepared] = []
-        workers = self.recipe.workers or -1
-        if workers == 1 or len(chunks) == 1:
-            workers = 1
-        try:
+        workers = self.recipe.workers or effective_n_jobs(-1)
+        if workers > 1 and len(chunks) > 1:
             done = Parallel(n_jobs=workers, return_as="generator")(
                 delayed(prepare_files)(chunk, self.settings) for chunk in chunks
             )
-            for chunk in done:
-                results += chunk
-                progress.advance(len(chunk))
-        except TerminatedWorkerError:
-            # A decoder took its process down. The finished chunks stand; the others go one file at a time.
-            for chunk in chunks[len(results) // CHUNK :]:
-                results += prepare_isolated(chunk, self.settings)
-                progress.advance(len(chunk))
+            try:
+                for chunk in done:
+                    results += chunk
+                    progress.advance(len(chunk))
+            except TerminatedWorkerError:
+                pass  # a decoder took its process down; what was finished stands
+        # One file at a time in one process that is replaced when it dies: joblib alone would read in this very one.
+        for result in prepare_isolated(items[len(results) :], self.settings):
+            results.append(result)
+            progress.advance()
         return results
 
     def _write_shard(self, shard: int, items: list[Item], results: list[Prepared]) -> None:
@@ -192,7 +217,7 @@ class _Work:
 
     def _row(self, image_id: str, item: Item, result: Prepared, shard: int, place: int) -> dict[str, Any]:
         source = self.recipe.source
-        patient = item.patient or result.patient
+        patient = item.patient or result.patient or item.patient_in_name
         patient_id = self.key.hash("patient", source, patient) if patient else f"file-{image_id}"
         study = item.study or result.study
         study_id = self.key.hash("study", source, patient or image_id, study) if study else f"image-{image_id}"
@@ -233,6 +258,7 @@ class _Work:
         write_table(self.out / "table.parquet", table)
         write_table(self.out / "rejected.parquet", rejected)
         frame = table.to_pandas()
+        check_splits(frame, "this source")
         photometry, geometry = self.photometry.to_dict(), self.geometry.to_dict()
         info = {
             "schema_version": SCHEMA_VERSION,
@@ -255,8 +281,6 @@ class _Work:
         contact_sheet(self.out, frame, min(self.recipe.scales, key=lambda scale: abs(scale - 160)))
         info["bytes"] = folder_size(self.out / "images") + folder_size(self.out / "masks")
         write_json(self.out / "store.json", info)
-        shutil.rmtree(self.out / "parts")
-        (self.out / PLAN).unlink()
         return info
 
 

@@ -17,11 +17,12 @@ VIEWS = {"PA": "PA", "AP": "AP", "LL": "LATERAL", "RL": "LATERAL", "L": "LATERAL
 
 @dataclass
 class Item:
-    """One file to prepare, with what the CSV says of it. `relative` names it below the source."""
+    """One file to prepare, with what the CSV and its name say of it. `relative` names it below the source."""
 
     path: str
     relative: str
     patient: str | None = None
+    patient_in_name: str | None = None
     study: str | None = None
     view: str = ""
     sex: str = ""
@@ -67,8 +68,8 @@ def _patients_from_names(items: list[Item], pattern: str) -> None:
     found = 0
     for item in items:
         match = compiled.search(Path(item.relative).name)
-        if match and not item.patient:
-            item.patient = match.group(1) if compiled.groups else match.group(0)
+        if match:
+            item.patient_in_name = match.group(1) if compiled.groups else match.group(0)
             found += 1
     if not found:
         raise CarinaError(f"patient_regex='{pattern}' matches no file name; try it on one name first")
@@ -98,7 +99,7 @@ def _from_csv(path: Path, recipe) -> list[Item]:
         key: column(key, getattr(recipe, key)) for key in ("patient", "study", "view", "sex", "age", "split", "mask")
     }
     wanted = recipe.labels if isinstance(recipe.labels, dict) else {name: name for name in recipe.labels}
-    labels = {label: _numbers(column("labels", name), path, name) for label, name in wanted.items()}
+    labels = {label: _label_values(column("labels", name), path, name) for label, name in wanted.items()}
     lesions = {label: column("lesions", name) for label, name in recipe.lesions.items()}
     ages = None if columns["age"] is None else _numbers(columns["age"], path, recipe.age)
     if columns["split"] is not None:
@@ -107,6 +108,8 @@ def _from_csv(path: Path, recipe) -> list[Item]:
             raise CarinaError(
                 f"{path}: column '{recipe.split}' holds '{sorted(wrong)[0]}'; use train, val, test or leave it blank"
             )
+    if columns["patient"] is not None and columns["split"] is not None:
+        columns["split"] = _split_by_patient(columns["patient"], columns["split"], path)
     folder = path.parent
     items = []
     for i, name in enumerate(names):
@@ -129,11 +132,31 @@ def _from_csv(path: Path, recipe) -> list[Item]:
     return items
 
 
+def _split_by_patient(patients: pd.Series, splits: pd.Series, path: Path) -> pd.Series:
+    """Every row with the split of its patient's other rows where it has none; a patient in two splits is an error."""
+    known = splits[(splits != "") & (patients != "")].groupby(patients)
+    several = int((known.nunique() > 1).sum())
+    if several:
+        raise CarinaError(
+            f"{path}: {several} patients have rows in more than one split, so training would see test patients; give "
+            "every patient one split, or leave split= out"
+        )
+    return splits.where(splits != "", patients.map(known.first()).fillna(""))
+
+
+def _label_values(values: pd.Series, path: Path, name: str) -> pd.Series:
+    numbers = _numbers(values, path, name)
+    wrong = numbers[numbers.notna() & ~numbers.isin((0, 1, -1))]
+    if len(wrong):
+        raise CarinaError(f"{path}: column '{name}' holds {wrong.iloc[0]:g}; labels are 1, 0, blank or -1")
+    return numbers
+
+
 def _numbers(values: pd.Series, path: Path, name: str) -> pd.Series:
     numbers = pd.to_numeric(values.replace("", None), errors="coerce")
     wrong = values[(values != "") & (values.str.lower() != "nan") & numbers.isna()]
     if len(wrong):
         raise CarinaError(
-            f"{path}: column '{name}' holds '{wrong.iloc[0]}', which is not a number; labels are 1, 0, blank or -1"
+            f"{path}: column '{name}' holds '{wrong.iloc[0]}', which is not a number; leave it blank where it is unknown"
         )
     return numbers

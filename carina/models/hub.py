@@ -20,6 +20,9 @@ NOT_A_DEVICE = (
 )
 
 
+SUMS = "SHA256SUMS"
+
+
 def _counts(values: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {number:,}" for name, number in values.items()) or "unknown"
 
@@ -132,7 +135,8 @@ def predictor_card(info: Mapping[str, Any], tables: list[str], license: str | No
         NOT_A_DEVICE,
         "",
         *(["> Trained on **synthetic** radiographs: it says nothing about patients.", ""] if info["synthetic"] else []),
-        f"* Backbone: {member['backbone']['name']}, {member['backbone']['origin']}; mode {info['mode']}",
+        f"* Backbone: {member['backbone']['name']}, {member['backbone']['origin']}; mode {info['mode']}; its pretext saw "
+        f"{info['pretext_saw']}" + ("; **transductive**" if info["transductive"] else ""),
         f"* Trained on {info['data']['images']:,} images of {info['data']['patients']:,} patients; labels used: "
         f"{info['labels_used']}",
         f"* Scores are {info['score']}; thresholds come from {info['thresholds_from']}",
@@ -202,13 +206,15 @@ def assemble(run: Path, out: Path, license: str | None, allow_memory: bool) -> d
     else:
         raise CarinaError(f"{run} holds neither a backbone nor a predictor; publish a finished run")
     if out.exists() and any(out.iterdir()):
-        raise CarinaError(f"{out} is not empty; choose another out=")
+        if not (out / SUMS).is_file():
+            raise CarinaError(f"{out} is not empty; choose another out=")
+        verify(out)  # an earlier dry run or a failed upload: made anew, unless somebody changed it
     with atomic_folder(out) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
         write_text(temporary / "README.md", card)
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         write_text(
-            temporary / "SHA256SUMS",
+            temporary / SUMS,
             "".join(f"{sha256(p)}  {p.relative_to(temporary).as_posix()}\n" for p in files),
         )
     names = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
@@ -218,15 +224,19 @@ def assemble(run: Path, out: Path, license: str | None, allow_memory: bool) -> d
 def upload(folder: Path, repo: str, private: bool) -> str:
     """Upload the folder through huggingface_hub with the user's token; returns the address."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
     api = HfApi()
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
+        if private and not api.repo_info(repo).private:  # exist_ok keeps a public repository public
+            raise CarinaError(f"{repo} exists and is public; make it private on the hub, or give private=false")
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"carina {__version__}")
+    except CarinaError:
+        raise
     except LocalTokenNotFoundError:
         raise CarinaError("no token for the hub is set; log in with `hf auth login`, or use --dry-run") from None
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the hub client and its transport raise many kinds; none is carina's
         raise CarinaError(
             f"the hub could not be reached or refused {repo} ({type(error).__name__}); the folder {folder} is ready: "
             "check the name and token, and give the command again"
@@ -236,7 +246,7 @@ def upload(folder: Path, repo: str, private: bool) -> str:
 
 def verify(folder: Path) -> None:
     """Check SHA256SUMS of a published folder."""
-    for line in (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
+    for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
         digest, _, name = line.partition("  ")
         if not (folder / name).is_file() or sha256(folder / name) != digest:
-            raise CarinaError(f"{name} in {folder} is not what was published; download it again")
+            raise CarinaError(f"{name} in {folder} is not what was published; get it again, or choose another folder")

@@ -86,7 +86,8 @@ def save_predictor(folder: Path, predictor: Predictor, card: str) -> None:
             else:
                 part, entry = member.scorer, {"scorer": {**predictor.info["scorer"], "memory": member.scorer.memory}}
             save_tensors(temporary / f"member-{number}.safetensors", part.state_dict())
-            write_backbone(temporary / f"member-{number}", member.backbone, {"kind": "member"}, card)
+            record = {"kind": "member", **{key: predictor.info[key] for key in ("pretext_saw", "transductive")}}
+            write_backbone(temporary / f"member-{number}", member.backbone, record, card)
             entries.append({"backbone": member.backbone.spec.to_dict(), "scale": member.scale, **entry})
         write_json(temporary / FILE, {**predictor.info, "members": entries})
 

@@ -176,8 +176,11 @@ class Engine:
         means = dict(zip(names, values))
         finite = all(math.isfinite(value) for value in values)
         if finite:
-            if self.settings.optim.clip is not None:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.optim.clip)
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.optim.clip or math.inf)
+            means["grad_norm"] = float(norm)
+            # a gradient scaler (fp16) meets infinite gradients on purpose and skips them by itself
+            finite = self.accelerator.scaler is not None or math.isfinite(means["grad_norm"])
+        if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.task.after_step(step)
@@ -244,12 +247,12 @@ class Engine:
                         names = [name for name, value in means.items() if not math.isfinite(value)]
                         raise CarinaError(
                             f"{', '.join(names)} was not finite {NAN_LIMIT} times in a row at step {step} (rank "
-                            f"{self.rank}); lower optim.lr, set optim.clip=1, or precision=no, and go on with --resume"
+                            f"{self.rank}); start anew with another out= and a lower optim.lr, optim.clip=1 or precision=no"
                         )
                     done = step + 1
                     seconds = spent + now - began
                     stop = self._stop_wanted()
-                    if done % self.settings.checkpoint_every == 0 or done == self.plan.steps or stop:
+                    if bad == 0 and (done % self.settings.checkpoint_every == 0 or done == self.plan.steps or stop):
                         self.save(run, done, seconds)
                     if stop and done < self.plan.steps:
                         word = "interrupted" if stop == signal.SIGINT else "asked to stop"
@@ -260,12 +263,16 @@ class Engine:
         except torch.OutOfMemoryError:
             raise CarinaError(
                 f"out of memory with micro-batches of {self.plan.micro_batch} at scale {max(self.plan.scales)}; double "
-                f"accumulate (now {self.plan.accumulate}), or lower batch_size or the scale, and go on with --resume"
+                f"accumulate (now {self.plan.accumulate}), or lower batch_size or the scale, and start anew"
             ) from None
         finally:
             if tracker is not None:
                 tracker.close()
             self._release_signals()
+        if bad:
+            raise CarinaError(
+                "the loss of the last step was not finite; lower optim.lr and start anew with another out="
+            )
         seconds = spent + time.perf_counter() - began
         facts = {
             "steps": self.plan.steps,

@@ -68,7 +68,12 @@ def test_artefacts_and_numbers(runs, evaluated, task, mode):
     assert "synthetic" in page and "<script" not in page and "http://" not in page.replace("http://www.w3.org", "")
     assert result["synthetic"] is True and json.loads((out / "metrics.json").read_text())["table"]
     overlap = result["overlap"]
-    assert overlap["complete"] and overlap["stages"]["pretrain"]["patients"] == 0
+    assert overlap["known"] and overlap["doubts"] == [] and overlap["stages"]["pretrain"]["patients"] == 0
+    thresholds = frame.loc[frame["split"] == "val"]
+    if task == "anomaly":
+        thresholds = thresholds[thresholds["target"] == 0]
+    assert overlap["stages"]["thresholds"]["patients"] == thresholds["patient_id"].nunique()
+    assert result["pretext_saw"].startswith("a mixture with") and result["transductive"] is False
     assert not set(frame["image_id"]) & {i for i in frame["patient_id"]}
 
 

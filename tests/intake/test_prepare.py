@@ -102,10 +102,13 @@ def test_a_decoder_that_dies_costs_one_file(tmp_path, monkeypatch):
         def __call__(self, tasks):
             return (dies() for _ in tasks)
 
+    monkeypatch.setattr(module, "CHUNK", 2)
     monkeypatch.setattr(module, "Parallel", Pool)
     monkeypatch.setattr(intake_images, "prepare_files", _kill_on_third)
-    info = prepare(str(folder_of(tmp_path)), {"out": str(tmp_path / "store"), "scales": [32]}, quiet=True)
-    assert info["counts"]["images"] == 5 and info["counts"]["reasons"] == {"its decoder crashed": 1}
+    for workers in (1, 2):
+        given = {"out": str(tmp_path / f"store{workers}"), "scales": [32], "workers": workers}
+        info = prepare(str(tmp_path / "images" if workers == 2 else folder_of(tmp_path)), given, quiet=True)
+        assert info["counts"]["images"] == 5 and info["counts"]["reasons"] == {"its decoder crashed": 1}
 
 
 def _kill_on_third(items, settings):
@@ -137,6 +140,8 @@ def test_interrupted_and_given_again_it_continues_to_the_same_bytes(tmp_path, mo
         prepare(str(folder), {"out": str(tmp_path / "again"), **given}, quiet=True)
     with pytest.raises(CarinaError, match="has not finished"):
         Store(tmp_path / "again")
+    tables = [pd.read_parquet(p).to_csv() for p in (tmp_path / "again").rglob("*.parquet")]
+    assert tables and not any("p0_0" in table for table in tables), "an unfinished store holds no file names either"
     with pytest.raises(CarinaError, match="another recipe"):
         prepare(str(folder), {"out": str(tmp_path / "again"), "scales": [64]}, quiet=True)
     prepare(str(folder), {"out": str(tmp_path / "again"), **given}, quiet=True)

@@ -1,5 +1,6 @@
 """The upload, against a hub that the test plays."""
 
+from types import SimpleNamespace
 from typing import ClassVar
 
 import huggingface_hub
@@ -13,12 +14,16 @@ from carina.publish import publish
 class Hub:
     calls: ClassVar[list] = []
     fail = None
+    private = True
 
     def create_repo(self, repo, **options):
         if self.fail:
             raise self.fail
         self.calls.append(("create", repo, options))
         return f"https://hub.invalid/{repo}"
+
+    def repo_info(self, repo):
+        return SimpleNamespace(private=self.private)
 
     def upload_folder(self, **options):
         self.calls.append(("upload", options["repo_id"], options["folder_path"]))
@@ -46,6 +51,17 @@ def test_a_hub_that_refuses_is_one_sentence_and_the_folder_stays(hub, pretrained
     with pytest.raises(CarinaError, match=r"could not be reached or refused org/name .*the folder .* is ready"):
         publish(str(pretrained), {"repo": "org/name", "out": str(out), "license": "mit"}, quiet=True)
     assert (out / "model.safetensors").is_file()
+    monkeypatch.setattr(hub, "fail", None)
+    publish(str(pretrained), {"repo": "org/name", "out": str(out), "license": "mit"}, quiet=True)
+    assert [call[0] for call in hub.calls] == ["create", "upload"], "the same command goes on after the failure"
+
+
+def test_an_existing_public_repository_is_not_filled_by_default(hub, pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "private", False)
+    given = {"repo": "org/name", "out": str(tmp_path / "published"), "license": "mit"}
+    with pytest.raises(CarinaError, match="exists and is public"):
+        publish(str(pretrained), given, quiet=True)
+    assert [call[0] for call in hub.calls] == ["create"]
 
 
 def test_a_changed_file_is_noticed(pretrained, tmp_path):
