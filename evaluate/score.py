@@ -19,7 +19,7 @@ from carina.data.store import Selection, select
 from carina.errors import CarinaError
 from carina.evaluate.explain import heat_maps
 from carina.evaluate.report import build_report
-from carina.files import write_json, write_table
+from carina.files import read_json, write_json, write_table
 from carina.metrics.intervals import interval
 from carina.metrics.resampling import replicate
 from carina.models.predictor import Predictor, load_predictor
@@ -200,6 +200,7 @@ def evaluate(runs: str, overrides: Any = (), *, quiet: bool = False) -> dict[str
     if len(folders) > 1 and not recipe.out:
         raise CarinaError("several folds need a place for the pooled result; give out=DIR")
     out = Path(recipe.out) if recipe.out else Path(folders[0]) / "evaluations" / recipe.split.replace("+", "-")
+    _check_free(out, recipe)
     done = [_score_run(folder, recipe, quiet) for folder in folders]
     predictor, selection = done[0][0], done[0][1]
     labels = predictor.labels
@@ -242,6 +243,18 @@ def evaluate(runs: str, overrides: Any = (), *, quiet: bool = False) -> dict[str
     write_json(out / "metrics.json", result)
     build_report(out, _report_content(result, frame, done, folders, recipe))
     return {**result, "out": str(out), "report": str(out / "report.html")}
+
+
+def _check_free(out: Path, recipe: EvaluateRecipe) -> None:
+    """An evaluation may be made again, but never replaced by one of other rows."""
+    if (out / "metrics.json").is_file():
+        old = read_json(out / "metrics.json")
+        now = {"split": recipe.split, "where": recipe.where, "store_hashes": select(recipe.store).hashes}
+        other = [key for key, value in now.items() if old.get(key) != value]
+        if other:
+            raise CarinaError(
+                f"{out} holds an evaluation of other rows ({', '.join(other)} differ); choose another out="
+            )
 
 
 def _same_protocol(predictors: list[Predictor]) -> None:

@@ -82,6 +82,8 @@ def test_overlap_with_what_was_seen_is_told(runs, phantom_store, tmp_path):
 
     given = {"store": str(phantom_store), "split": "train", "resamples": 100, "examples": 0, "out": str(tmp_path)}
     result = evaluate(str(runs["classify", "frozen"]), given, quiet=True)
+    with pytest.raises(CarinaError, match=r"holds an evaluation of other rows \(split differ\)"):
+        evaluate(str(runs["classify", "frozen"]), {**given, "split": "val"}, quiet=True)
     seen = result["overlap"]["stages"]["pretrain"]
     assert seen["patients"] == result["patients"] and seen["identical_images"] == result["images"]
     assert (
