@@ -144,7 +144,7 @@ def _row(
 
 
 def _judged(
-    rows: list[tuple[dict[str, Any], Interval, Interval, Difference]], names: tuple[str, str]
+    rows: list[tuple[dict[str, Any], Interval, Interval, Difference]], names: tuple[str, str], mean: str
 ) -> list[dict[str, Any]]:
     """Rows with p-values (exploratory ones corrected together), the verdict and its sentence."""
     p_values = np.array(
@@ -161,7 +161,7 @@ def _judged(
             "excludes_zero": excludes_zero,
             "differs": bool(excludes_zero and final < ALPHA),
         }
-        what = f"Mean over labels ({row['role']})" if row["label"] == "macro" else f"{row['label']} ({row['role']})"
+        what = f"{mean} ({row['role']})" if row["label"] == "macro" else f"{row['label']} ({row['role']})"
         judged.append(row | verdict | {"sentence": _sentence(what, row["metric"], a, b, found, verdict, names)})
     return judged
 
@@ -203,6 +203,7 @@ def compare(
         for column, label in enumerate(labels):
             role = "exploratory" if several or metric != "auroc" else "primary"
             rows.append(_row(label, role, metric, arms, column))
+    mean = "Mean over labels" if enough.all() else f"Mean over the {enough.sum()} labels with enough patients"
     return {
         "a": {"folders": [str(folder) for folder in a], "runs": len(scores[0])},
         "b": {"folders": [str(folder) for folder in b], "runs": len(scores[1])},
@@ -217,7 +218,7 @@ def compare(
         "seed": seed,
         "resampled": "patients" if max(map(len, scores)) == 1 else "patients and runs",
         "correction": "Holm, over all exploratory rows that can be estimated",
-        "rows": _judged(rows, names),
+        "rows": _judged(rows, names, mean),
     }
 
 
