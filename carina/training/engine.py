@@ -251,7 +251,8 @@ class Engine:
                         )
                     done = step + 1
                     seconds = spent + now - began
-                    stop = self._stop_wanted()
+                    # a sick step is never saved, so a signal waits for a sound one or for the third sick one
+                    stop = self._stop_wanted() if bad == 0 else 0
                     if bad == 0 and (done % self.settings.checkpoint_every == 0 or done == self.plan.steps or stop):
                         self.save(run, done, seconds)
                     if stop and done < self.plan.steps:
