@@ -26,7 +26,7 @@ from rich.table import Table
 
 from carina.data.labels import ABNORMAL, to_targets
 from carina.data.splits import patient_folds, patient_subset
-from carina.data.store import Selection, select
+from carina.data.store import Selection, select, unit
 from carina.errors import CarinaError
 from carina.files import write_json
 from carina.finetune.anomaly import distances, fit_scorer
@@ -79,7 +79,7 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Rows:
-    """A chunk of a store. images: (B, S, S) uint8. lungs: (B, S, S) bool. sizes: (B, 2) height, width of the files."""
+    """A chunk of a store. images: (B, S, S) uint8 or uint16. lungs: (B, S, S) bool. sizes: (B, 2) height, width of the files."""
 
     images: np.ndarray
     lungs: np.ndarray
@@ -110,8 +110,8 @@ class Control:
 
 
 def resized(images: np.ndarray, side: int) -> np.ndarray:
-    """(B, S, S) uint8 or bool -> (B, side, side) float32 in [0, 1], area filter."""
-    scale = np.float32(255 if images.dtype == np.uint8 else 1)
+    """(B, S, S) uint8, uint16 or bool -> (B, side, side) float32 in [0, 1], area filter."""
+    scale = np.float32(1 if images.dtype == bool else np.iinfo(images.dtype).max)
     shrunk = [cv2.resize(image.astype(np.float32), (side, side), interpolation=cv2.INTER_AREA) for image in images]
     return np.stack(shrunk) / scale
 
@@ -160,7 +160,7 @@ def _border(side: int, width: int) -> np.ndarray:
 
 def statistics(rows: Rows) -> np.ndarray:
     """(B, 9): mean, standard deviation, least, greatest, and five percentiles of an image's pixels in [0, 1]."""
-    pixels = rows.images.reshape(len(rows.images), -1).astype(np.float32) / 255
+    pixels = unit(rows.images.reshape(len(rows.images), -1))
     moments = (pixels.mean(axis=1), pixels.std(axis=1), pixels.min(axis=1), pixels.max(axis=1))
     return np.stack([*moments, *np.percentile(pixels, PERCENTILES, axis=1)], axis=1)
 

@@ -1,3 +1,3 @@
 """carina: from unlabelled chest X-rays to a published, honestly evaluated backbone."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

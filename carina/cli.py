@@ -41,7 +41,10 @@ def _prepare(args, positionals, overrides):
         from carina.intake.recipe import PrepareRecipe
 
         return _print_recipe("prepare", PrepareRecipe, "default", overrides)
-    return prepare(positionals[0], overrides, quiet=args.quiet)
+    result = prepare(positionals[0], overrides, dry_run=args.dry_run, quiet=args.quiet)
+    if "labels_hash" in result and "plan" not in result and not args.json:  # the labels of a store were changed
+        _say_pairs(result)
+    return result
 
 
 def _pretrain(args, positionals, overrides):
@@ -159,9 +162,12 @@ DRY = ("--dry-run", "say what it would take or write, and do no more")
 VERBS: dict[str, Verb] = {
     "prepare": Verb(
         "SOURCE",
-        "files -> store. SOURCE: a folder, a glob or a CSV with a column `path`.",
+        "files -> store. SOURCE: a folder, a glob, a CSV with a column `path`, CATALOG:FOLDER (nih14:/data/nih), "
+        "hf:DATASET, or a store (with labels=new.csv: add or correct labels).",
         "carina prepare labels.csv out=store scales=[128,256] patient=patient_id labels=[Pneumonia,Effusion]",
         _prepare,
+        (1, 1),
+        (DRY,),
     ),
     "pretrain": Verb(
         "RECIPE",

@@ -208,7 +208,7 @@ def closing_words(result: dict[str, Any], out: Path) -> str:
     lines += [
         "",
         f"Done in {clock(result['seconds'])}. Where to look:",
-        f"  {out}/store/contact.png       the radiographs with their lung masks",
+        f"  {out}/store/sheet.html        the radiographs, what they are and how they are spread",
         f"  {result['report']}   the report of one run; each run has its own",
         f"  {out}/published/README.md     the model card that would be published",
         "",

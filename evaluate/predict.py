@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import torch
@@ -16,7 +19,9 @@ from carina.errors import CarinaError
 from carina.evaluate.explain import heat_maps
 from carina.files import atomic_path, write_table
 from carina.imaging.dicom import Unreadable, list_files, read_radiograph
-from carina.imaging.photometry import Geometry, Photometry, resize
+from carina.imaging.geometry import Geometry, resize_scales
+from carina.imaging.photometry import Photometry
+from carina.isolation import isolated
 from carina.models.backbones import Backbone, load_backbone
 from carina.models.predictor import load_predictor
 from carina.progress import Progress
@@ -26,27 +31,47 @@ from carina.training.engine import pick_device
 BATCH = 32  # files read and scored at a time
 
 
+@dataclass(frozen=True)
+class _Reader:
+    """One file as prepare would store it, scale -> (S, S) float32; or why it cannot be. Runs in another process."""
+
+    scales: tuple[int, ...]
+    photometry: Photometry
+    geometry: Geometry
+
+    def __call__(self, path: str) -> tuple[dict[int, np.ndarray], str]:
+        cv2.setNumThreads(1)
+        try:
+            radiograph = read_radiograph(path, self.photometry)
+        except Unreadable as error:
+            return {}, str(error)
+        frames, _ = resize_scales(radiograph.image, self.scales, self.geometry, radiograph.facts.get("spacing"))
+        # a store keeps 8 bits unless it is told otherwise
+        return {scale: np.rint(pixels * 255) / np.float32(255) for scale, pixels in frames.items()}, ""
+
+
 def read_files(
     paths: Sequence[str], scales: Sequence[int], photometry: Photometry, geometry: Geometry
-) -> tuple[list[str], dict[int, torch.Tensor], list[dict[str, str]]]:
-    """Files as prepare would store them: (paths read, scale -> (N, 1, S, S) in [0, 1], rejected with reasons)."""
-    read, images, rejected = [], {scale: [] for scale in scales}, []
-    for file in paths:
-        try:
-            radiograph = read_radiograph(file, photometry)
-        except Unreadable as error:
-            rejected.append({"path": str(file), "reason": str(error)})
-            continue
-        read.append(str(file))
-        for scale in scales:
-            pixels, _ = resize(radiograph.image, scale, geometry, radiograph.facts.get("spacing"))
-            images[scale].append(np.round(pixels * 255) / 255)  # the store keeps 8 bits
-    stacked = {
-        scale: torch.from_numpy(np.stack(values).astype(np.float32)).unsqueeze(1)
-        for scale, values in images.items()
-        if values
-    }
-    return read, stacked, rejected
+) -> Iterator[tuple[list[str], dict[int, torch.Tensor], list[dict[str, str]]]]:
+    """Files as prepare would store them, 32 at a time: (paths read, scale -> (N, 1, S, S) in [0, 1], rejected).
+
+    They are decoded in another process, so that a file that kills its decoder costs that file.
+    """
+    reader = _Reader(tuple(scales), photometry, geometry)
+    results = zip(paths, isolated(reader, paths))
+    while group := list(islice(results, BATCH)):
+        read, images, rejected = [], [], []
+        for path, (result, fault) in group:
+            frames, reason = result or ({}, fault)
+            if reason:
+                rejected.append({"path": str(path), "reason": reason})
+            else:
+                read.append(str(path))
+                images.append(frames)
+        stacked = (
+            {s: torch.from_numpy(np.stack([frames[s] for frames in images]))[:, None] for s in scales} if read else {}
+        )
+        yield read, stacked, rejected
 
 
 def expand(paths: Sequence[str]) -> list[str]:
@@ -70,11 +95,9 @@ def predict(run: str, paths: Sequence[str], *, maps: str | None = None, quiet: b
     )
     predictions, rejected = [], []
     files = expand(paths)
-    batches = [files[i : i + BATCH] for i in range(0, len(files), BATCH)]
     names = _map_names(files)
     with Progress("predict", len(files), unit="files", quiet=quiet) as progress:
-        for batch in batches:
-            read, images, bad = read_files(batch, predictor.scales, photometry, geometry)
+        for read, images, bad in read_files(files, predictor.scales, photometry, geometry):
             rejected += bad
             if read:
                 scores = predictor.scores({scale: values.to(device) for scale, values in images.items()})
@@ -85,7 +108,7 @@ def predict(run: str, paths: Sequence[str], *, maps: str | None = None, quiet: b
                 if maps:
                     pixels = images[predictor.scales[0]].to(device)
                     _write_maps(Path(maps), predictor, [names[path] for path in read], pixels)
-            progress.advance(len(batch))
+            progress.advance(len(read) + len(bad))
     if not predictions:
         raise CarinaError(f"none of the {len(rejected)} files could be read; the first reason: {rejected[0]['reason']}")
     return {
@@ -179,8 +202,7 @@ def _embed_files(run: str, backbone: Backbone, sources: Sequence[str], device) -
     photometry = Photometry.from_dict(facts["photometry"]) if "photometry" in facts else Photometry()
     geometry = Geometry.from_dict(facts["geometry"]) if "geometry" in facts else Geometry()
     files, done, rejected, features = expand(sources), [], [], []
-    for start in range(0, len(files), BATCH):
-        read, images, bad = read_files(files[start : start + BATCH], [backbone.spec.size], photometry, geometry)
+    for read, images, bad in read_files(files, [backbone.spec.size], photometry, geometry):
         rejected += bad
         if read:
             done += read

@@ -11,10 +11,10 @@ import pandas as pd
 import torch
 from pydantic import Field
 
-from carina.data.batches import in_order
+from carina.data.batches import in_order, unit_tensor
 from carina.data.labels import to_targets
 from carina.data.manifest import find_manifest, overlap
-from carina.data.splits import patient_folds
+from carina.data.splits import linked_patients, stable_folds
 from carina.data.store import Selection, select
 from carina.errors import CarinaError
 from carina.evaluate.explain import heat_maps
@@ -79,7 +79,7 @@ def evaluation_rows(predictor: Predictor, recipe: EvaluateRecipe) -> Selection:
                 "the folds of this run were dealt over another store, so this one would mix trained and held-out patients; "
                 "give the store that the run was trained on"
             )
-        number = patient_folds(whole.table["patient_id"].tolist(), folds, predictor.info["draw"])
+        number = stable_folds(linked_patients(whole.table).tolist(), folds, predictor.info["draw"])
         mine = set(whole.table["patient_id"].to_numpy()[number == fold])
         return selection.where(selection.table["patient_id"].isin(mine).to_numpy())
     if predictor.info["folds"] is not None and recipe.split != "all":
@@ -156,11 +156,13 @@ def overlap_sentence(found: dict[str, Any]) -> str:
     """What of the test patients was seen before, in words; unknown is not taken for clean."""
     if not found["known"]:
         return "What the backbone was trained on is unknown, so it may have seen these patients."
-    clean = [stage for stage, seen in found["stages"].items() if not seen["patients"] and not seen["identical_images"]]
+    counts = ("patients", "identical_images", "near_identical_images")
+    clean = [stage for stage, seen in found["stages"].items() if not any(seen[name] for name in counts)]
     parts = [f"none of the {found['patients']} test patients was seen in {' or '.join(clean)}"] if clean else []
     parts += [
         f"{seen['patients']} of {found['patients']} test patients were seen in {stage} ({seen['images_of_those']} of their "
-        f"images are scored here, {seen['identical_images']} are identical to one that was seen)"
+        f"images are scored here), {seen['identical_images']} images are identical to one that was seen and "
+        f"{seen['near_identical_images']} nearly so"
         for stage, seen in found["stages"].items()
         if stage not in clean
     ]
@@ -350,7 +352,7 @@ def _examples(predictor: Predictor, selection: Selection, scores: np.ndarray, co
     rows = []
     for row, column, kind in chosen[:count]:
         image = selection.images([row], member.scale)
-        pixels = torch.from_numpy(image).unsqueeze(1).float() / 255
+        pixels = unit_tensor(torch.from_numpy(image))
         member.cpu()
         heat = heat_maps(member, pixels, column)[0]
         lungs = selection.masks([row], member.scale)[0]

@@ -12,7 +12,7 @@ import torch
 from carina.data.batches import in_order, intensity
 from carina.data.labels import ABNORMAL, to_targets
 from carina.data.manifest import seen_rows, write_manifest
-from carina.data.splits import patient_folds, patient_subset
+from carina.data.splits import linked_patients, patient_subset, stable_folds
 from carina.data.store import Selection, select
 from carina.errors import CarinaError
 from carina.finetune.anomaly import Pasting, cross_fitted_distances, distances, fit_scorer
@@ -84,7 +84,7 @@ def _check(recipe: FinetuneRecipe, dry_run: bool) -> None:
 def _rows(recipe: FinetuneRecipe, everything: Selection) -> tuple[Selection, Selection | None]:
     """Training rows, and the rows apart from them that set thresholds (None: cross-fitted scores do)."""
     if recipe.folds is not None:
-        folds = patient_folds(everything.table["patient_id"].tolist(), recipe.folds, recipe.draw)
+        folds = stable_folds(linked_patients(everything.table).tolist(), recipe.folds, recipe.draw)
         train, held_out = everything.where(folds != recipe.fold), None
     else:
         train = everything.split(recipe.rows)

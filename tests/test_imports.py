@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("pretrain", "finetune", "evaluate")
 
 # room -> the other rooms it may import; everyone may import BASE
-BASE = {"version", "errors", "files", "recipes", "runs", "draws", "progress"}
+BASE = {"version", "errors", "files", "recipes", "runs", "draws", "progress", "isolation"}
 TRUNK = {"imaging", "metrics", "models", "data", "training"}
 ALLOWED: dict[str, set[str]] = {
     "imaging": set(),

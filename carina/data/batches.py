@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from carina.data.store import Selection
+from carina.data.store import Selection, unit
 from carina.draws import Draws, hash64, permutation, sample_codes
 from carina.errors import CarinaError
 
@@ -138,7 +138,7 @@ class Batches:
         step = number // self.plan.accumulate
         to = {"device": self.device, "non_blocking": True}
         return Batch(
-            images=images.to(**to).unsqueeze(1).float().div_(255),
+            images=unit_tensor(images.to(**to)),
             masks=masks.to(**to).unsqueeze(1) if self.with_masks else None,
             groups={name: codes[rows].to(**to) for name, codes in self.groups.items()},
             targets=None if self.targets is None else self.targets[rows].to(**to),
@@ -166,18 +166,22 @@ class Batches:
             yield step, [self._batch(number, *piece) for number, piece in zip(numbers, read)]
 
 
+def unit_tensor(images: torch.Tensor) -> torch.Tensor:
+    """Stored pixels (B, S, S), uint8 or uint16 -> (B, 1, S, S) float32 in [0, 1]."""
+    return images.unsqueeze(1).float().div_(torch.iinfo(images.dtype).max)
+
+
 def in_order(
     selection: Selection, scale: int, device: torch.device, batch_size: int = 128
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """All rows in order: (slice, images (B, 1, S, S) float32 in [0, 1])."""
     for start in range(0, len(selection), batch_size):
         rows = range(start, min(start + batch_size, len(selection)))
-        images = torch.from_numpy(selection.images(rows, scale)).to(device)
-        yield slice(rows.start, rows.stop), images.unsqueeze(1).float().div_(255)
+        yield slice(rows.start, rows.stop), unit_tensor(torch.from_numpy(selection.images(rows, scale)).to(device))
 
 
 def intensity(selection: Selection, scale: int, sample: int = 512) -> tuple[tuple[float], tuple[float]]:
     """Mean and standard deviation of the pixels of up to `sample` images, rounded to four digits."""
     rows: Sequence[int] = permutation(len(selection), "intensity")[:sample]
-    pixels = selection.images(np.sort(rows), scale).astype(np.float64) / 255
+    pixels = unit(selection.images(np.sort(rows), scale)).astype(np.float64)
     return (round(float(pixels.mean()), 4),), (max(round(float(pixels.std()), 4), 1e-2),)

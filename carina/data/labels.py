@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import unicodedata
 from typing import Literal
 
 import numpy as np
@@ -9,6 +12,89 @@ import numpy as np
 Uncertain = Literal["ignore", "ones", "zeros"]
 ABNORMAL = "abnormal"
 NO_FINDING = "No_Finding"
+SUPPORT_DEVICES = "Support_Devices"
+
+# The vocabulary: what archives call one and the same finding. Kept apart on purpose, because a positive of one is not
+# a positive of the other:
+#   Opacity (any place, Open-I), Lung_Opacity (any lung opacity) and Consolidation (one kind of it);
+#   Lung_Lesion (CheXpert: a nodule, a mass or more), Nodule, Mass (any), Pulmonary_Mass and VinDr's Nodule_Mass;
+#   Hernia (NIH, CXR-LT: any) and Hiatal_Hernia; Fracture and its places; Emphysema and Subcutaneous_Emphysema;
+#   COPD (a diagnosis) and COPD_Signs (what PadChest sees); Enlarged_Cardiomediastinum, Mediastinal_Enlargement and
+#   Cardiomegaly; Aortic_Enlargement (VinDr), Aortic_Elongation (PadChest) and Tortuous_Aorta;
+#   Aortic_Atheromatosis and Aortic_Calcification; Pulmonary_Hypertension and its arterial and venous kinds.
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    NO_FINDING: ("no finding", "no findings", "normal"),
+    ABNORMAL: ("abnormal",),
+    "Aortic_Calcification": ("calcification of the aorta",),
+    "Atelectasis": ("atelectases", "pulmonary atelectasis"),
+    "Azygos_Lobe": (),
+    "Bulla": ("bullas", "bullae"),
+    "Cardiomegaly": (),
+    "Cavitation": ("lung cavity",),
+    "Consolidation": (),
+    "COPD": ("pulmonary disease, chronic obstructive", "chronic obstructive pulmonary disease"),
+    "Edema": ("pulmonary edema", "oedema", "pulmonary oedema"),
+    "Effusion": ("pleural effusion", "pleural effusions"),
+    "Emphysema": ("pulmonary emphysema", "emphysemas"),
+    "Enlarged_Cardiomediastinum": (),
+    "Enlarged_Pulmonary_Artery": ("enlarged pa", "pulmonary artery enlargement"),
+    # NIH means fibrosis of the lung by its short word.
+    "Fibrosis": ("pulmonary fibrosis",),
+    "Fracture": ("fractures", "fractures, bone"),
+    "Granuloma": (),
+    "Heart_Failure": ("heart insufficiency",),
+    "Hernia": (),
+    "Hiatal_Hernia": ("hernia, hiatal",),
+    "Infiltration": ("infiltrate", "infiltrates"),
+    "Interstitial_Lung_Disease": ("ild", "lung diseases, interstitial"),
+    "Lung_Lesion": (),
+    "Lung_Opacity": (),
+    "Mass": (),
+    "Nodule": (),
+    "Nodule_Mass": ("nodule/mass",),
+    "Pectus_Carinatum": ("pectum carinatum",),
+    "Pectus_Excavatum": ("pectum excavatum", "funnel chest"),
+    "Pleural_Other": (),
+    "Pleural_Thickening": (),
+    "Pneumomediastinum": ("mediastinal emphysema",),
+    "Pneumonia": (),
+    "Pneumoperitoneum": ("pneumoperitoneo",),
+    "Pneumothorax": (),
+    "Pulmonary_Hypertension": ("hypertension, pulmonary",),
+    "Round_Atelectasis": ("round(ed) atelectasis",),
+    "Subcutaneous_Emphysema": (),
+    SUPPORT_DEVICES: (),
+    "Tortuous_Aorta": (),
+    "Tuberculosis": (),
+}
+
+
+def _words(name: str) -> list[str]:
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return re.findall(r"[A-Za-z0-9]+", plain)
+
+
+def _key(name: str) -> str:
+    return " ".join(_words(name)).lower()
+
+
+_KNOWN = {_key(other): name for name, others in SYNONYMS.items() for other in (name, *others)}
+
+
+def harmonize(name: str) -> str:
+    """The vocabulary's name for a finding, whatever its archive calls it; of the form ``[A-Za-z][A-Za-z0-9_]*``.
+
+    A name that no archive shares becomes Title_Case with underscores; capitals inside a word (COPD, NSG) stay. The
+    result is its own harmonized name.
+    """
+    words = _words(name)
+    known = _KNOWN.get(" ".join(words).lower())
+    if known:
+        return known
+    if not words:  # nothing that ASCII can spell: still a name, and another one for every text
+        return "Label_" + hashlib.blake2b(name.encode(errors="replace"), digest_size=4).hexdigest().upper()
+    text = "_".join(word[0].upper() + word[1:] for word in words)
+    return text if text[0].isalpha() else f"Label_{text}"
 
 
 def to_targets(raw: np.ndarray, uncertain: Uncertain = "ignore") -> np.ndarray:
@@ -21,11 +107,15 @@ def to_targets(raw: np.ndarray, uncertain: Uncertain = "ignore") -> np.ndarray:
 
 
 def abnormal_from(labels: dict[str, np.ndarray]) -> np.ndarray | None:
-    """`abnormal` from No_Finding and the findings: No_Finding 1 -> 0, any finding 1 -> 1, else NaN; None without it."""
+    """`abnormal` from No_Finding and the findings: No_Finding 1 -> 0, any finding 1 -> 1, else NaN; None without it.
+
+    A tube or a wire is no finding: CheXpert's labeler gives No_Finding beside Support_Devices (Irvin et al. 2019).
+    """
     if NO_FINDING not in labels:
         return None
     normal = labels[NO_FINDING] == 1
-    findings = [value == 1 for name, value in labels.items() if name not in (NO_FINDING, ABNORMAL)]
+    apart = (NO_FINDING, ABNORMAL, SUPPORT_DEVICES)
+    findings = [value == 1 for name, value in labels.items() if name not in apart]
     result = np.full(len(normal), np.nan, dtype=np.float32)
     result[normal] = 0
     if findings:

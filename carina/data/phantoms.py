@@ -141,7 +141,8 @@ def _save_dicom(path: Path, drawn: Phantom, key: tuple[int, int, int, int], pati
     ds.PatientID, ds.PatientSex, ds.PatientAge = patient_id, drawn.sex, f"{drawn.age:03d}Y"
     ds.ViewPosition = "LL" if drawn.view == "LATERAL" else drawn.view
     ds.InstanceNumber = key[3] + 1
-    ds.BurnedInAnnotation = "YES" if drawn.markers else "NO"
+    # A side marker does not identify anyone, which is what this element speaks of (PS3.3 C.7.6.1.1).
+    ds.BurnedInAnnotation = "NO"
     ds.SamplesPerPixel, ds.PixelRepresentation = 1, 0
     ds.Rows, ds.Columns = values.shape
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 12, 11

@@ -1,11 +1,14 @@
 """The store: images of every scale in Arrow shards, their table, and what made them.
 
 STORE/table.parquet            one row an image
-STORE/images/<scale>/*.arrow   Arrow streams (readable by ``datasets.Dataset.from_file``): image_id, image (raw bytes)
+STORE/images/<scale>/*.arrow   Arrow streams (readable by ``datasets.Dataset.from_file``): image_id, image (its bytes,
+                               encoded as the schema's metadata say)
 STORE/masks/<scale>/*.arrow    image_id, lungs and lesion.<Label> as packed bits, null where there is none
 STORE/store.json               schema version, scales, photometry, geometry, counts, hashes
 STORE/rejected.parquet         image_id and reason of every file left out
 STORE/contact.png              a contact sheet to look at
+STORE/sheet.html               the data sheet: counts, histograms, contact sheets by label and source
+STORE/labels/0001.parquet      every version of the labels, once they were changed
 """
 
 from __future__ import annotations
@@ -22,12 +25,15 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from carina.data.encoding import Encoding
+from carina.data.splits import LEFT_OUT
 from carina.errors import CarinaError, nearest
-from carina.files import read_json
+from carina.files import read_json, write_table
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SHARD_SIZE = 1024
 LABEL = "label."
+LABELS_HASH = b"labels_hash"  # metadata of table.parquet: tells which version of the labels it holds
 TEXT_COLUMNS = ("image_id", "patient_id", "study_id", "view", "sex", "manufacturer", "split", "source")
 BOX = pa.struct(
     [("label", pa.string()), *((c, pa.float32()) for c in ("x0", "y0", "x1", "y1")), ("origin", pa.string())]
@@ -35,12 +41,17 @@ BOX = pa.struct(
 
 
 def table_schema(labels: Sequence[str]) -> pa.Schema:
-    """Columns of table.parquet; `affine` maps original pixel edges to fractions: x * ax + bx, y * ay + by."""
+    """Columns of table.parquet; `affine` maps original pixel edges to fractions: x * ax + bx, y * ay + by.
+
+    markers is null where none were looked for. chest and view_confidence are a router's probabilities, NaN without one.
+    """
     return pa.schema(
         [
             *((name, pa.string()) for name in TEXT_COLUMNS),
             ("age", pa.float32()),
+            ("year", pa.int16()),
             *((LABEL + name, pa.float32()) for name in labels),
+            ("original_labels", pa.string()),
             ("boxes", pa.list_(BOX)),
             ("height", pa.int32()),
             ("width", pa.int32()),
@@ -49,9 +60,16 @@ def table_schema(labels: Sequence[str]) -> pa.Schema:
             ("photometric", pa.string()),
             ("window", pa.string()),
             ("polarity", pa.string()),
+            ("view_source", pa.string()),
+            ("view_confidence", pa.float32()),
+            ("chest", pa.float32()),
+            ("route", pa.string()),
+            ("markers", pa.list_(BOX)),
             ("lungs_source", pa.string()),
             ("lungs_plausible", pa.bool_()),
             ("content_hash", pa.string()),
+            ("descriptor", pa.binary(256)),
+            ("duplicates", pa.string()),
             ("shard", pa.int32()),
             ("row", pa.int32()),
         ]
@@ -87,13 +105,21 @@ def _shard(folder: Path, kind: str, scale: int, shard: int) -> pa.Table:
 
 
 def read_images(folder: Path, table: pd.DataFrame, rows: Sequence[int], scale: int) -> np.ndarray:
-    """(B, S, S) uint8: the pixels of a store's rows at the positions `rows` of its table."""
-    out = np.empty((len(rows), scale, scale), dtype=np.uint8)
+    """(B, S, S) uint8 or uint16, as stored: the pixels of a store's rows at the positions `rows` of its table."""
+    out = np.empty((0, scale, scale), dtype=np.uint8)
     shards, places = table["shard"].to_numpy(), table["row"].to_numpy()
     for i, position in enumerate(rows):
-        value = _shard(folder, "images", scale, int(shards[position]))["image"][int(places[position])]
-        out[i] = np.frombuffer(value.as_buffer(), dtype=np.uint8).reshape(scale, scale)
+        shard = _shard(folder, "images", scale, int(shards[position]))
+        encoding = Encoding.from_metadata(shard.schema.metadata)
+        if i == 0:
+            out = np.empty((len(rows), scale, scale), dtype=encoding.dtype)
+        out[i] = encoding.decode(shard["image"][int(places[position])].as_buffer(), scale)
     return out
+
+
+def unit(images: np.ndarray) -> np.ndarray:
+    """Stored pixels (uint8 or uint16) as float32 in [0, 1]."""
+    return images.astype(np.float32) / np.float32(np.iinfo(images.dtype).max)
 
 
 def read_masks(folder: Path, table: pd.DataFrame, rows: Sequence[int], scale: int, name: str = "lungs") -> np.ndarray:
@@ -111,6 +137,22 @@ def read_masks(folder: Path, table: pd.DataFrame, rows: Sequence[int], scale: in
     return out
 
 
+def check_version(folder: Path, info: dict[str, Any]) -> None:
+    version = info.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise CarinaError(
+            f"{folder} has schema version {version}, this carina reads version {SCHEMA_VERSION}; prepare it again"
+        )
+
+
+def write_store_table(folder: Path, table: pa.Table) -> None:
+    """table.parquet, with the hash of the labels that it holds in its metadata."""
+    digest = labels_hash(
+        table.select([c for c in table.column_names if c == "image_id" or c.startswith(LABEL)]).to_pandas()
+    )
+    write_table(folder / "table.parquet", table.replace_schema_metadata({LABELS_HASH: digest.encode()}))
+
+
 class Store:
     """One store, opened for reading. Attributes: folder, info (store.json), table (pandas, one row an image)."""
 
@@ -121,12 +163,11 @@ class Store:
                 raise CarinaError(f"{folder} is a store that prepare has not finished; give its prepare command again")
             raise CarinaError(f"{folder} is not a store (no store.json in it); make one with carina prepare")
         self.info: dict[str, Any] = read_json(self.folder / "store.json")
-        version = self.info.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise CarinaError(
-                f"{folder} has schema version {version}, this carina reads version {SCHEMA_VERSION}; prepare it again"
-            )
-        self.table = pq.read_table(self.folder / "table.parquet").to_pandas()
+        check_version(self.folder, self.info)
+        table = pq.read_table(self.folder / "table.parquet")
+        if (table.schema.metadata or {}).get(LABELS_HASH, b"").decode() != self.info["labels_hash"]:
+            raise CarinaError(f"{folder}: a change of its labels was stopped half way; give that prepare command again")
+        self.table = table.to_pandas()
         self.scales: list[int] = self.info["scales"]
         self.labels: list[str] = [c[len(LABEL) :] for c in self.table.columns if c.startswith(LABEL)]
 
@@ -195,6 +236,11 @@ class Selection:
     def synthetic(self) -> bool:
         return any(store.info.get("synthetic", False) for store in self.stores)
 
+    @property
+    def origins(self) -> dict[str, dict[str, Any]]:
+        """By source: lineage and terms, as the catalogs know them."""
+        return {name: origin for store in self.stores for name, origin in store.info["origins"].items()}
+
     def where(self, rows: np.ndarray) -> Selection:
         """The rows that a boolean mask or an array of positions picks."""
         return Selection(self.stores, self.table[rows] if rows.dtype == bool else self.table.iloc[rows])
@@ -226,11 +272,16 @@ class Selection:
             yield int(number), places, positions[places]
 
     def images(self, rows: Sequence[int], scale: int) -> np.ndarray:
-        """(B, S, S) uint8."""
-        out = np.empty((len(rows), scale, scale), dtype=np.uint8)
-        for number, places, positions in self._by_store(rows):
-            store = self.stores[number]
-            out[places] = read_images(store.folder, store.table, positions, scale)
+        """(B, S, S) uint8, or uint16 when one of the stores keeps 16 bits."""
+        parts = [
+            (places, read_images(self.stores[number].folder, self.stores[number].table, positions, scale))
+            for number, places, positions in self._by_store(rows)
+        ]
+        deep = any(images.dtype == np.uint16 for _, images in parts)
+        out = np.empty((len(rows), scale, scale), dtype=np.uint16 if deep else np.uint8)
+        for places, images in parts:
+            # 257 takes the 256 values of 8 bits onto the same fractions of 16 bits.
+            out[places] = images.astype(np.uint16) * 257 if deep and images.dtype == np.uint8 else images
         return out
 
     def masks(self, rows: Sequence[int], scale: int, name: str = "lungs") -> np.ndarray:
@@ -251,7 +302,8 @@ def select(
 ) -> Selection:
     """Open one store, or several made under one key, and pick rows.
 
-    rows: all, or a split's name. where: a condition on the columns, as in ``view == 'PA' and age >= 18``
+    rows: all, or a split's name; what was left out of every split as a copy is in neither.
+    where: a condition on the columns, as in ``view == 'PA' and age >= 18``
     (labels are written as in the table without their dot: ``label_Pneumonia == 1``).
     """
     paths = [stores] if isinstance(stores, (str, Path)) else list(stores)
@@ -285,7 +337,7 @@ def select(
             )
         table = table.drop_duplicates("image_id", keep="first")
         check_splits(table, "these stores together")
-    selection = Selection(opened, table)
+    selection = Selection(opened, table[table["split"] != LEFT_OUT])
     if rows != "all":
         selection = selection.split(rows)
         if not len(selection):

@@ -3,11 +3,13 @@
 The step published with AnatPaste (Otsu's threshold alone) deletes lungs that touch the frame and takes air for lung.
 Here an anatomical template of two lungs is first laid over the picture where it separates dark from bright best;
 then every pixel is judged by its brightness and by its distance to the template together. Lengths are fractions of the
-side, so the mask does not depend on the resolution.
+side, so the mask does not depend on the resolution. Proportions are those of radiographic anatomy (e.g. Fraser and Pare,
+Diagnosis of Diseases of the Chest).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -21,23 +23,27 @@ _COARSE = 48  # the grid on which the template is placed
 _FINE = 192  # the grid on which pixels are judged
 
 # Where lungs can lie in a frontal chest radiograph, as fractions of the frame: the column of the spine, the distance
-# from it to the outer chest wall, the row of the apices, the row of the costophrenic angles.
+# from it to the outer chest wall, the row of the apices (beyond the frame where it cuts them off), the row of the
+# costophrenic angles.
 _PLACES = (
     np.linspace(0.42, 0.58, 7),
     np.linspace(0.26, 0.48, 7),
-    np.linspace(0.02, 0.24, 6),
+    np.linspace(-0.20, 0.24, 9),
     np.linspace(0.62, 0.98, 7),
 )
 # An ordinary chest picture, and how far pictures commonly stray from it (one standard deviation).
 _USUAL = (0.50, 0.38, 0.10, 0.84)
 _STRAY = (0.05, 0.07, 0.08, 0.11)
+# Inner width of the chest over the height of the lungs, and its spread (of the logarithm): about 28 cm to 23 cm in
+# adults at full inspiration; wider in expiration and in children.
+_SHAPE, _SHAPE_STRAY = 1.2, 0.2
 # A difference of less than this many standard deviations is less than "small" (Cohen 1988): no lungs are seen.
 _EFFECT = 0.2
 
 
 @dataclass(frozen=True)
 class LungMask:
-    """mask: (H, W) bool. plausible: False when only the prior stands. source: "threshold" or "prior".
+    """mask: (H, W) bool. plausible: False when only the prior stands. source: "threshold", "segmenter" or "prior".
 
     share: the part of the frame that the mask covers, 0 to 1.
     """
@@ -59,15 +65,15 @@ def _template(size: int, center: float, width: float, top: float, bottom: float)
 
 
 @lru_cache(maxsize=1)
-def _bank() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """All places (N, 4), what lies inside (N, P) and around (N, P) the template there, and the log prior (N,)."""
+def _bank() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """All places (N, 4), what lies inside (N, P) and around (N, P) the template there, its cells (N,), log prior (N,)."""
     places = np.array(list(product(*_PLACES)), dtype=np.float32)
     inside = np.stack([_template(_COARSE, *place) for place in places])
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (7, 7))
     around = np.stack([cv2.dilate(mask.view(np.uint8), kernel).view(bool) & ~mask for mask in inside])
     prior = -0.5 * (((places - np.array(_USUAL)) / np.array(_STRAY)) ** 2).sum(axis=1)
-    flat = (len(places), -1)
-    return places, inside.reshape(flat).astype(np.float32), around.reshape(flat).astype(np.float32), prior
+    inside, around = (masks.reshape(len(places), -1).astype(np.float32) for masks in (inside, around))
+    return places, inside, around, inside.sum(axis=1), prior
 
 
 def _normalized(image: np.ndarray, body: np.ndarray) -> np.ndarray:
@@ -106,18 +112,21 @@ def _body(image: np.ndarray) -> np.ndarray:
     return cv2.dilate(air.astype(np.uint8), np.ones((3, 3), np.uint8)) == 0
 
 
-def _place(coarse: np.ndarray, body: np.ndarray) -> np.ndarray:
+def _place(coarse: np.ndarray, body: np.ndarray, aspect: float) -> np.ndarray:
     """The place (4,) where the template separates dark from bright best, weighted by how usual it is.
 
-    Air is neither dark nor bright, and a template that takes it in loses as much contrast as it takes.
+    Air is neither dark nor bright, and a template that takes it in loses as much contrast as it takes. aspect: width
+    over height of the picture.
     """
-    places, inside, around, prior = _bank()
+    places, inside, around, whole, prior = _bank()
     # In steps of 1/256 every sum is exact in float32: the place is the same under any BLAS and number of threads.
     steps = np.rint(256 * np.clip(coarse, -16, 16)) / 256
     columns = np.stack([steps.ravel() * body.ravel(), body.ravel()], axis=1).astype(np.float32)
     dark, bright = inside @ columns, around @ columns
     contrast = bright[:, 0] / (bright[:, 1] + 1) - dark[:, 0] / (dark[:, 1] + 1)
-    covered = dark[:, 1] / inside.sum(axis=1)
+    covered = dark[:, 1] / whole
+    shape = np.log(2 * places[:, 1] * aspect / (places[:, 3] - places[:, 2]) / _SHAPE)
+    prior = prior - 0.5 * (shape / _SHAPE_STRAY) ** 2
     return places[np.argmax(contrast - 2 * (1 - covered) + 0.05 * prior)]
 
 
@@ -144,12 +153,15 @@ def _hull(mask: np.ndarray) -> np.ndarray:
     return hull.astype(bool)
 
 
-def lung_mask(image: np.ndarray) -> LungMask:
+def lung_mask(image: np.ndarray, segmenter: Callable[[np.ndarray], np.ndarray] | None = None) -> LungMask:
     """The lung fields of a frontal chest radiograph, with the part behind the heart where the shape suggests it.
 
-    image: (H, W) float32 in [0, 1], bright = dense. Where the result is not plausible (a side missing, very unequal
-    sides, far too small or large, no darker than what is around), the template alone is given, with
+    image: (H, W) float32 in [0, 1], bright = dense, square pixels. Where the result is not plausible (a side missing,
+    very unequal sides, far too small or large, no darker than what is around), the template alone is given, with
     ``plausible=False``, to be counted. The mask does not depend on the number of threads.
+
+    segmenter: takes the picture without its flat margins, (h, w) as above, and returns the probability of lung, (h, w)
+    in [0, 1]. Lung is then what has at least one half; it has to pass the same check.
     """
     area = collimated(image)
     inside = np.ascontiguousarray(image[area])
@@ -158,7 +170,8 @@ def lung_mask(image: np.ndarray) -> LungMask:
     local = _normalized(fine, body)
     small = (_COARSE, _COARSE)
     coarse_body = cv2.resize(body.astype(np.float32), small, interpolation=cv2.INTER_AREA) > 0.5
-    center, *_ = place = _place(cv2.resize(local, small, interpolation=cv2.INTER_AREA), coarse_body)
+    coarse = cv2.resize(local, small, interpolation=cv2.INTER_AREA)
+    center, *_ = place = _place(coarse, coarse_body, inside.shape[1] / inside.shape[0])
     template = _template(_FINE, *place)
     depth = _signed_distance(template)
 
@@ -167,26 +180,45 @@ def lung_mask(image: np.ndarray) -> LungMask:
         inner, near = template, ~template
     dark, bright = local[inner].mean(), local[near].mean()
     spread = 0.5 * (local[inner].std() + local[near].std()) + 1e-6
-    # Log odds of two Gaussians of one spread, and of the template, whose edge is sure to about 3 % of the side.
-    evidence = (bright - dark) * ((bright + dark) / 2 - local) / spread**2 + depth / 0.03
-    candidate = (cv2.GaussianBlur(evidence, (0, 0), 0.01 * _FINE) > 0) & body
-
-    sides = []
-    middle = round(float(center) * _FINE)
-    for half in (slice(0, middle), slice(middle, _FINE)):
-        side = np.zeros_like(candidate)
-        side[:, half] = candidate[:, half]
-        side = cv2.morphologyEx(side.astype(np.uint8), cv2.MORPH_CLOSE, _disk(0.04))
-        side = _largest(cv2.morphologyEx(side, cv2.MORPH_OPEN, _disk(0.06)))
-        hull = _hull(side)
-        sides.append(side | (hull & (depth > -0.01)))
-    mask = sides[0] | sides[1]
+    halves = slice(0, round(float(center) * _FINE)), slice(round(float(center) * _FINE), _FINE)
+    if segmenter is None:
+        # Log odds of two Gaussians of one spread, and of the template, whose edge is sure to about 3 % of the side.
+        evidence = (bright - dark) * ((bright + dark) / 2 - local) / spread**2 + depth / 0.03
+        candidate = (cv2.GaussianBlur(evidence, (0, 0), 0.01 * _FINE) > 0) & body
+        sides = [
+            _lung(_only(candidate, half), _only(template, half), depth, inward) for half, inward in zip(halves, (1, -1))
+        ]
+        mask, source = sides[0] | sides[1], "threshold"
+    else:
+        mask, source = np.asarray(segmenter(inside)) >= 0.5, "segmenter"
+        assert mask.shape == inside.shape, f"a segmenter gave {mask.shape} for a picture of {inside.shape}"
+        reduced = cv2.resize(mask.astype(np.float32), (_FINE, _FINE), interpolation=cv2.INTER_AREA) >= 0.5
+        sides = [_only(reduced, half) for half in halves]
     plausible = _plausible(sides, template) and bool(bright - dark >= _EFFECT * spread)
     if not plausible:
-        mask = template
+        mask, source = template, "prior"
     full = np.zeros(image.shape, dtype=bool)
     full[area] = cv2.resize(mask.astype(np.float32), inside.shape[::-1], interpolation=cv2.INTER_LINEAR) >= 0.5
-    return LungMask(full, plausible, "threshold" if plausible else "prior", float(full.mean()))
+    return LungMask(full, plausible, source, float(full.mean()))
+
+
+def _only(mask: np.ndarray, columns: slice) -> np.ndarray:
+    result = np.zeros_like(mask)
+    result[:, columns] = mask[:, columns]
+    return result
+
+
+def _lung(side: np.ndarray, field: np.ndarray, depth: np.ndarray, inward: int) -> np.ndarray:
+    """One lung, whole, from the pixels of its side; `field` is the template of that side.
+
+    inward: 1 when the spine lies to its right in the picture, else -1. The heart lies before the lung, not beside it: in
+    every row the lung reaches from the chest wall to the spine.
+    """
+    side = cv2.morphologyEx(side.astype(np.uint8), cv2.MORPH_CLOSE, _disk(0.04))
+    side = _largest(cv2.morphologyEx(side, cv2.MORPH_OPEN, _disk(0.06)))
+    side = side | (_hull(side) & (depth > -0.01))
+    beside = np.logical_or.accumulate(side[:, ::inward], axis=1)[:, ::inward]
+    return side | (beside & field)
 
 
 def _disk(fraction: float) -> np.ndarray:

@@ -9,48 +9,57 @@ from typing import Any
 
 import cv2
 import numpy as np
-from joblib.externals.loky import ProcessPoolExecutor
-from joblib.externals.loky.process_executor import BrokenProcessPool
 
+from carina.data.encoding import Encoding
+from carina.imaging import markers as lead
 from carina.imaging.dicom import Unreadable, read_radiograph
+from carina.imaging.geometry import Affine, Geometry, resize, resize_mask, resize_scales
 from carina.imaging.lungs import lung_mask
-from carina.imaging.photometry import Geometry, Photometry, resize, resize_mask
-from carina.intake.sources import VIEWS, Item
+from carina.imaging.photometry import Photometry
+from carina.imaging.routing import Route, by_header, decide
+from carina.intake.duplicates import descriptor
+from carina.intake.hub_datasets import read_content
+from carina.intake.items import Item
+from carina.intake.masks import read_mask
+from carina.isolation import isolated
 
-ISOLATED_SECONDS = 120
+_HASHED = Encoding("raw", 8)  # one image has one content hash, however a store encodes it
 
 
 @dataclass(frozen=True)
 class Settings:
-    scales: tuple[int, ...]
+    """What a worker needs of the recipe. router: scale and geometry of the picture that a router wants to see."""
+
+    encodings: dict[int, Encoding]
     photometry: Photometry
     geometry: Geometry
     lungs: bool
+    markers: str
+    keep: str
+    reject_below: float
+    burned_in: str
+    router: tuple[int, Geometry] | None
 
 
 @dataclass
 class Prepared:
-    """Images (S, S) uint8 and masks as packed bits by scale, and the facts of the row; or the reason of a rejection."""
+    """Encoded images and masks (packed bits) by scale, and the facts of the row; or the reason of a rejection.
+
+    route: what the header says. routing: (R, R) uint8 for the router, when there is one to ask.
+    """
 
     reason: str = ""
     images: dict[int, bytes] = field(default_factory=dict)
     masks: dict[int, dict[str, bytes]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    route: Route | None = None
+    routing: np.ndarray | None = None
     patient: str | None = None
     study: str | None = None
 
 
-def _read_mask(path: str, shape: tuple[int, int], what: str) -> np.ndarray:
-    data = cv2.imread(path, cv2.IMREAD_GRAYSCALE)
-    if data is None:
-        raise Unreadable(f"its {what} cannot be read")
-    if data.shape != shape:
-        raise Unreadable(f"its {what} has {data.shape[1]} x {data.shape[0]} pixels, the image {shape[1]} x {shape[0]}")
-    return data > 127
-
-
 def prepare_file(item: Item, settings: Settings) -> Prepared:
-    """Read, scale and mask one file. Never raises for a bad file: the reason is in the result."""
+    """Read, judge, scale and mask one file. Never raises for a bad file: the reason is in the result."""
     try:
         return _prepare_file(item, settings)
     except Unreadable as error:
@@ -60,62 +69,110 @@ def prepare_file(item: Item, settings: Settings) -> Prepared:
 
 
 def _prepare_file(item: Item, settings: Settings) -> Prepared:
-    radiograph = read_radiograph(item.path, settings.photometry)
+    radiograph = read_radiograph(read_content(item) if item.content else item.path, settings.photometry)
     image, facts = radiograph.image, radiograph.facts
-    spacing = facts.get("spacing")
-    masks: dict[str, np.ndarray] = {}
-    source, plausible = "none", False
-    if item.mask:
-        masks["lungs"], source, plausible = _read_mask(item.mask, image.shape, "lung mask"), "file", True
-    for label, path in item.lesions.items():
-        masks[f"lesion.{label}"] = _read_mask(path, image.shape, f"mask of {label}")
+    if facts["burned_in"] == "YES" and settings.burned_in == "reject":
+        raise Unreadable("the header says that identifying text is burned into its pixels; burned_in=keep takes it")
+    route = by_header(facts, item.view)
+    if settings.router is None:
+        route = decide(route, None, settings.keep, settings.reject_below)
+        if not route.keep:
+            raise Unreadable(route.reason)
 
-    result = Prepared(patient=radiograph.patient, study=radiograph.study)
-    largest = max(settings.scales)
-    stored, affine = resize(image, largest, settings.geometry, spacing)
-    if settings.lungs and "lungs" not in masks:
-        found = lung_mask(stored)
-        source, plausible = found.source, bool(found.plausible)
-        lungs_stored = found.mask
+    spacing, geometry = facts.get("spacing"), settings.geometry
+    masks: dict[str, np.ndarray] = {}
+    lungs_source, plausible = "none", False
+    if item.mask:
+        masks["lungs"], lungs_source, plausible = read_mask(item.mask, image.shape), "file", True
+    for label, reference in item.lesions.items():
+        masks[f"lesion.{label}"] = read_mask(reference, image.shape)
+
+    scales = sorted(settings.encodings, reverse=True)
+    frames, affine = resize_scales(image, scales, geometry, spacing)
+    largest = frames[scales[0]]
+    packed = {
+        scale: {name: np.packbits(resize_mask(mask, scale, geometry, spacing)) for name, mask in masks.items()}
+        for scale in scales
+    }
+    if "lungs" in masks:
+        lungs = np.unpackbits(packed[scales[0]]["lungs"], count=largest.size).reshape(largest.shape).astype(bool)
+    elif settings.lungs:
+        found = lung_mask(largest)
+        lungs, lungs_source, plausible = found.mask, found.source, bool(found.plausible)
+        for scale in scales:
+            packed[scale]["lungs"] = np.packbits(resize_mask(lungs, scale, Geometry("stretch")))
     else:
-        lungs_stored = None
-    for scale in settings.scales:
-        pixels = stored if scale == largest else resize(image, scale, settings.geometry, spacing)[0]
-        result.images[scale] = np.round(pixels * 255).astype(np.uint8).tobytes()
-        packed = {}
-        for name, mask in masks.items():
-            packed[name] = np.packbits(resize_mask(mask, scale, settings.geometry, spacing)).tobytes()
-        if lungs_stored is not None:
-            shrunk = cv2.resize(lungs_stored.astype(np.float32), (scale, scale), interpolation=cv2.INTER_AREA) >= 0.5
-            packed["lungs"] = np.packbits(shrunk).tobytes()
-        result.masks[scale] = packed
-    boxes = []
-    for name, mask in masks.items():
-        if name != "lungs" and mask.any():
-            ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-            ax, bx, ay, by = affine
-            corners = (ax * xs[0] + bx, ay * ys[0] + by, ax * (xs[-1] + 1) + bx, ay * (ys[-1] + 1) + by)
-            x0, y0, x1, y1 = (float(np.clip(c, 0, 1)) for c in corners)
-            boxes.append({"label": name.split(".", 1)[1], "x0": x0, "y0": y0, "x1": x1, "y1": y1, "origin": "mask"})
-    age = facts.get("age")
+        lungs = None
+    markers = None
+    if settings.markers != "keep":
+        markers = lead.find_markers(largest, lungs)
+        if markers:
+            without = lead.inpaint(largest, markers, lungs)
+            largest = without if settings.markers == "inpaint" else lead.clip(largest, without)
+            # Whatever was done to the largest scale holds for all: the others are made from it.
+            frames = resize_scales(largest, scales, Geometry("stretch"))[0]
+
+    result = Prepared(route=route, patient=radiograph.patient, study=radiograph.study)
+    for scale, encoding in settings.encodings.items():
+        result.images[scale] = encoding.encode(encoding.quantize(frames[scale]))
+        result.masks[scale] = {name: bits.tobytes() for name, bits in packed[scale].items()}
+    if settings.router is not None:
+        side, its_geometry = settings.router
+        result.routing = _HASHED.quantize(resize(image, side, its_geometry, spacing)[0])
+    eight = _HASHED.quantize(largest)
     result.facts = {
-        "view": item.view or VIEWS.get(str(facts.get("view") or "").upper(), ""),
-        "sex": item.sex or facts.get("sex") or "",
-        "age": item.age if item.age is not None else (float("nan") if age is None else float(age)),
-        "manufacturer": facts.get("manufacturer") or "",
-        "boxes": boxes,
+        **_row_facts(item, facts),
+        "boxes": _boxes(item, image.shape, masks, affine),
         "height": image.shape[0],
         "width": image.shape[1],
         "affine": [float(value) for value in affine],
+        "lungs_source": lungs_source,
+        "lungs_plausible": plausible,
+        "markers": None if markers is None else [_marker_box(marker, scales[0]) for marker in markers],
+        "content_hash": hashlib.blake2b(eight.tobytes(), digest_size=16).hexdigest(),
+        "descriptor": descriptor(eight),
+    }
+    return result
+
+
+def _row_facts(item: Item, facts: dict[str, Any]) -> dict[str, Any]:
+    """What the table or the header says; the table wins."""
+    age = item.age if item.age is not None else facts.get("age")
+    return {
+        "sex": item.sex or facts.get("sex") or "",
+        # A single age above 89 can identify a person (HIPAA Safe Harbor, 45 CFR 164.514(b)(2)).
+        "age": float("nan") if age is None else min(float(age), 90.0),
+        "year": item.year if item.year is not None else facts.get("year"),
+        "manufacturer": facts.get("manufacturer") or "",
+        "original_labels": item.original_labels,
         "bits": int(facts.get("bits") or 8),
         "photometric": facts.get("photometric") or "",
         "window": facts.get("window") or "",
         "polarity": facts.get("polarity") or "ok",
-        "lungs_source": source,
-        "lungs_plausible": plausible,
-        "content_hash": hashlib.blake2b(result.images[largest], digest_size=16).hexdigest(),
     }
+
+
+def _boxes(item: Item, shape: tuple[int, ...], masks: dict[str, np.ndarray], affine: Affine) -> list[dict[str, Any]]:
+    """Boxes of the table and around the lesion masks, in fractions of the stored frame, cut to it."""
+    wide, high = item.box_frame or (shape[1], shape[0])  # an archive's boxes also hold for resized copies of it
+    right, down = shape[1] / wide, shape[0] / high
+    boxes = [(label, x0 * right, y0 * down, x1 * right, y1 * down, by) for label, x0, y0, x1, y1, by in item.boxes]
+    for name, mask in masks.items():
+        if name != "lungs" and mask.any():
+            ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+            boxes.append((name.split(".", 1)[1], xs[0], ys[0], xs[-1] + 1, ys[-1] + 1, "mask"))
+    ax, bx, ay, by = affine
+    result = []
+    for label, x0, y0, x1, y1, origin in boxes:
+        ends = np.clip([ax * x0 + bx, ay * y0 + by, ax * x1 + bx, ay * y1 + by], 0, 1)
+        if ends[0] < ends[2] and ends[1] < ends[3]:  # a cropped frame may not show it
+            result.append({"label": label, **dict(zip(("x0", "y0", "x1", "y1"), map(float, ends))), "origin": origin})
     return result
+
+
+def _marker_box(marker, side: int) -> dict[str, Any]:
+    ends = {name: getattr(marker, name) / side for name in ("x0", "y0", "x1", "y1")}
+    return {"label": marker.label, **ends, "origin": "detected"}
 
 
 def prepare_files(items: Sequence[Item], settings: Settings) -> list[Prepared]:
@@ -124,17 +181,17 @@ def prepare_files(items: Sequence[Item], settings: Settings) -> list[Prepared]:
     return [prepare_file(item, settings) for item in items]
 
 
+class _One:
+    """prepare_files for one item, as a thing that another process can be sent."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def __call__(self, item: Item) -> Prepared:
+        return prepare_files([item], self.settings)[0]
+
+
 def prepare_isolated(items: Sequence[Item], settings: Settings) -> Iterator[Prepared]:
     """One result after another from one other process, which is replaced when a file kills or hangs it."""
-    pool = None
-    for item in items:
-        pool = pool or ProcessPoolExecutor(1)
-        try:
-            yield from pool.submit(prepare_files, [item], settings).result(timeout=ISOLATED_SECONDS)
-        except (BrokenProcessPool, TimeoutError) as error:
-            pool.shutdown(kill_workers=True)
-            pool = None
-            hung = isinstance(error, TimeoutError)
-            yield Prepared(reason="its decoder hung" if hung else "its decoder crashed")
-    if pool is not None:
-        pool.shutdown()
+    for result, reason in isolated(_One(settings), items):
+        yield result or Prepared(reason=reason)

@@ -7,20 +7,19 @@ import json
 import shutil
 import sys
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from joblib import Parallel, delayed, effective_n_jobs
-from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from carina import __version__
+from carina.data.encoding import encodings_for
 from carina.data.labels import ABNORMAL, abnormal_from
-from carina.data.splits import split_of
+from carina.data.splits import split_linked, split_of
 from carina.data.store import (
     LABEL,
     SCHEMA_VERSION,
@@ -30,29 +29,46 @@ from carina.data.store import (
     labels_hash,
     store_hash,
     table_schema,
+    write_store_table,
 )
 from carina.errors import CarinaError
-from carina.files import atomic_path, disk_errors, folder_size, read_json, write_json, write_table
-from carina.imaging.photometry import Geometry, Photometry
-from carina.intake.images import Prepared, Settings, prepare_files, prepare_isolated
+from carina.files import disk_errors, folder_size, read_json, write_json, write_table
+from carina.imaging.geometry import Geometry
+from carina.imaging.photometry import Photometry
+from carina.imaging.routing import decide
+from carina.intake.backends import Backend
+from carina.intake.counts import counts, summary
+from carina.intake.duplicates import find_duplicates, stored_pictures
+from carina.intake.estimate import WORTH_IT, check_disk, estimate, free_bytes, sentence
+from carina.intake.images import Prepared, Settings
+from carina.intake.items import Item
 from carina.intake.keys import Key, load_key
 from carina.intake.looks import contact_sheet
 from carina.intake.recipe import PrepareRecipe
-from carina.intake.sources import Item, find_items
+from carina.intake.relabel import relabel
+from carina.intake.shards import ShardWriter
+from carina.intake.sheet import write_sheet
+from carina.intake.sources import find_items, find_provenance
 from carina.progress import Progress
 from carina.recipes import build, differences
 
-CHUNK = 16  # files a worker takes at a time: small enough for a smooth bar, large enough to hide the hand-over
 PLAN = "plan.json"
-PRIVATE_KEYS = ("out", "workers", "key")
+# Neither changes what the store holds, or it names a place on this machine.
+PRIVATE_KEYS = ("out", "workers", "key", "backend", "cluster", "router", "boxes")
+_ROUTED = 32  # images a router looks at together
 
 
-def prepare(source: str, overrides: Any = (), *, quiet: bool = False) -> dict[str, Any]:
+def prepare(source: str, overrides: Any = (), *, dry_run: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Prepare the store; returns what store.json says, with the folder and the place of the private table.
 
-    source: a folder, a glob, or a CSV with a column `path`. overrides: ``key=value`` words or a mapping.
+    source: a folder, a glob, a CSV with a column `path`, CATALOG:FOLDER, hf:DATASET, or a store whose labels change.
+    overrides: ``key=value`` words or a mapping. dry_run: try a few files and tell disk and time, nothing written.
     """
+    if (Path(source) / "store.json").is_file():
+        return relabel(Path(source), overrides)
     recipe = build("prepare", PrepareRecipe, "default", overrides)
+    provenance = find_provenance(source, recipe)
+    recipe.source = recipe.source or provenance["name"]
     if not recipe.out:
         raise CarinaError("prepare needs a place for the store; give out=FOLDER")
     out = Path(recipe.out)
@@ -61,31 +77,39 @@ def prepare(source: str, overrides: Any = (), *, quiet: bool = False) -> dict[st
     say = _Voice(quiet)
     if note:
         say(note)
-    plan = {
-        "schema_version": SCHEMA_VERSION,
-        "recipe": {k: v for k, v in recipe.model_dump(mode="json").items() if k not in PRIVATE_KEYS},
-        "files": len(items),
-        "source_hash": _source_hash(items, key),
-        "key_check": key.check,
-    }
+    work = _Work(out, recipe, key, items, provenance)
+    plan = work.plan
+    if dry_run:
+        with Backend(recipe.backend, recipe.workers, recipe.cluster) as backend:
+            return work.estimate(backend, say)
     if (out / "store.json").exists():
         done = Store(out).info
         if done["plan"] == plan:
-            _clear(out, key, plan)  # what a kill after the last write may have left
+            work.clear()  # what a kill after the last write may have left
             say(f"{out} is already prepared from these files; nothing to do.")
             return {**done, "store": str(out), "paths": str(_paths_file(key, done["store_hash"]))}
         raise CarinaError(f"{out} already holds another store; choose another out=")
-    _start_or_continue(out, plan, say)
-
-    work = _Work(out, recipe, key, items, _private_parts(key, plan))
-    work.run(quiet)
-    info = work.finish(plan)
-    _clear(out, key, plan)
+    continued = _check_out(out, plan)
+    with Backend(recipe.backend, recipe.workers, recipe.cluster) as backend:
+        if continued:
+            say(f"Continuing the unfinished store at {out}.")
+            work.sweep()
+        else:
+            work.sweep()
+            if len(items) >= WORTH_IT:
+                check_disk(out, work.estimate(backend, say)["bytes"])
+            with disk_errors(out):
+                out.mkdir(parents=True, exist_ok=True)
+            write_json(out / PLAN, plan)
+        work.run(backend, quiet)
+    info = work.finish(quiet)
+    work.clear()
     for line in summary(info):
         say(line)
     paths = _paths_file(key, info["store_hash"])
     if info["counts"]["rejected"]:
         say(f"Their reasons are in {out / 'rejected.parquet'}; their paths, with everyone's, in the private {paths}")
+    say(f"Look at {out / 'sheet.html'} before anything else.")
     return {**info, "store": str(out), "paths": str(paths)}
 
 
@@ -102,7 +126,8 @@ def _source_hash(items: list[Item], key: Key) -> str:
     """Keyed, so that the plan on disk tells nothing about file names."""
     digest = hashlib.blake2b(digest_size=16)
     for item in items:
-        digest.update(json.dumps({**asdict(item), "path": ""}, sort_keys=True).encode())
+        said = {**vars(item), "labels": list(item.labels.items()), "content": None, "path": ""}
+        digest.update(json.dumps(said, sort_keys=True, default=float).encode())
     return key.hash("source", digest.hexdigest())
 
 
@@ -110,19 +135,8 @@ def _paths_file(key: Key, hash_: str) -> Path:
     return key.folder / "paths" / f"{hash_}.parquet"
 
 
-def _private_parts(key: Key, plan: dict[str, Any]) -> Path:
-    """Where the paths of an unfinished store wait: they never touch the store's own folder."""
-    digest = hashlib.blake2b(json.dumps(plan, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return key.folder / "paths" / f"unfinished-{digest}"
-
-
-def _clear(out: Path, key: Key, plan: dict[str, Any]) -> None:
-    for folder in (out / "parts", _private_parts(key, plan)):
-        shutil.rmtree(folder, ignore_errors=True)
-    (out / PLAN).unlink(missing_ok=True)
-
-
-def _start_or_continue(out: Path, plan: dict[str, Any], say: _Voice) -> None:
+def _check_out(out: Path, plan: dict[str, Any]) -> bool:
+    """Whether an unfinished store of this very plan lies there; a CarinaError when something else does."""
     if (out / PLAN).exists():
         changed = differences(read_json(out / PLAN), plan)
         if changed:
@@ -130,124 +144,164 @@ def _start_or_continue(out: Path, plan: dict[str, Any], say: _Voice) -> None:
                 f"{out} holds an unfinished store of another recipe, key or set of files ({', '.join(changed)} differ); "
                 "give the same command as then, or choose another out="
             )
-        say(f"Continuing the unfinished store at {out}.")
-        return
-    if out.exists() and any(out.iterdir()):
+        return True
+    if out.exists() and any(not _half_written(entry) for entry in out.iterdir()):
         raise CarinaError(f"{out} is not empty and not a store; choose another out=")
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    write_json(out / PLAN, plan)
+    return False
+
+
+def _half_written(path: Path) -> bool:
+    """Whether this is what a kill left of a file that was being written."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 class _Work:
     """The shards of one store: 1,024 files each in sorted order, every one finished by its part of the table."""
 
-    def __init__(self, out: Path, recipe: PrepareRecipe, key: Key, items: list[Item], private: Path):
-        self.out, self.recipe, self.key, self.items, self.private = out, recipe, key, items, private
-        self.photometry = Photometry(recipe.window, recipe.for_processing, recipe.frames)
+    def __init__(self, out: Path, recipe: PrepareRecipe, key: Key, items: list[Item], provenance: dict[str, Any]):
+        self.out, self.recipe, self.key, self.items, self.provenance = out, recipe, key, items, provenance
+        self.photometry = Photometry(recipe.window, recipe.for_processing, recipe.frames, recipe.equalize)
         self.geometry = Geometry(recipe.fit)
-        self.settings = Settings(tuple(recipe.scales), self.photometry, self.geometry, recipe.lungs)
+        self.encodings = encodings_for(recipe.scales, recipe.encoding, recipe.bits, recipe.jpeg_quality)
+        self.router = None
+        if recipe.router:
+            from carina.intake.router import Router  # brings torch
+
+            self.router = Router(recipe.router)
+            self.router.check(self.photometry)
+        self.settings = Settings(
+            encodings=self.encodings,
+            photometry=self.photometry,
+            geometry=self.geometry,
+            lungs=recipe.lungs,
+            markers=recipe.markers,
+            keep=recipe.keep,
+            reject_below=recipe.reject_below,
+            burned_in=recipe.burned_in,
+            router=None if self.router is None else (self.router.scale, self.router.geometry),
+        )
         self.labels = list(items[0].labels)
-        self.lesions = sorted(recipe.lesions)
+        self.lesions = sorted({label for item in items for label in item.lesions} | set(recipe.lesions))
         self.shards = -(-len(items) // SHARD_SIZE)
+        self.plan = {
+            "schema_version": SCHEMA_VERSION,
+            "recipe": {k: v for k, v in recipe.model_dump(mode="json").items() if k not in PRIVATE_KEYS},
+            "router": None if self.router is None else self.router.fingerprint,
+            "files": len(items),
+            "source_hash": _source_hash(items, key),
+            "key_check": key.check,
+        }
+        # The paths of an unfinished store wait beside the key: they never touch the store's own folder.
+        place = json.dumps([self.plan, str(out.resolve())], sort_keys=True)
+        digest = hashlib.blake2b(place.encode(), digest_size=16).hexdigest()
+        self.private = key.folder / "paths" / f"unfinished-{digest}"
+
+    def estimate(self, backend: Backend, say: _Voice) -> dict[str, Any]:
+        found = estimate(self.items, self.settings, self.lesions, backend.workers)
+        free = free_bytes(self.out)
+        say(sentence(found, free))
+        return {**found, "free_bytes": free}
+
+    def clear(self) -> None:
+        self.sweep()
+        for folder in (self.out / "parts", self.private):
+            shutil.rmtree(folder, ignore_errors=True)
+        (self.out / PLAN).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Remove what was half written when a run was killed."""
+        for folder in (self.out, self.private):
+            for file in folder.rglob(".*.tmp"):
+                file.unlink()
 
     def part(self, shard: int, kind: str = "rows") -> Path:
         folder = self.private if kind == "paths" else self.out / "parts"
         return folder / f"{kind}-{shard:05d}.parquet"
 
-    def run(self, quiet: bool) -> None:
+    def run(self, backend: Backend, quiet: bool) -> None:
         pending = [s for s in range(self.shards) if not (self.part(s).exists() and self.part(s, "paths").exists())]
-        done = (self.shards - len(pending)) * SHARD_SIZE
-        with Progress("prepare", len(self.items), unit="files", done=done, quiet=quiet) as progress:
+        left = sum(len(self._items_of(shard)) for shard in pending)
+        with Progress("prepare", len(self.items), unit="files", done=len(self.items) - left, quiet=quiet) as progress:
             for shard in pending:
-                items = self.items[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
-                self._write_shard(shard, items, self._prepare(items, progress))
+                self._write_shard(shard, backend, progress)
 
-    def _prepare(self, items: list[Item], progress: Progress) -> list[Prepared]:
-        chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
-        results: list[Prepared] = []
-        workers = self.recipe.workers or effective_n_jobs(-1)
-        if workers > 1 and len(chunks) > 1:
-            done = Parallel(n_jobs=workers, return_as="generator")(
-                delayed(prepare_files)(chunk, self.settings) for chunk in chunks
-            )
-            try:
-                for chunk in done:
-                    results += chunk
-                    progress.advance(len(chunk))
-            except TerminatedWorkerError:
-                pass  # a decoder took its process down; what was finished stands
-        # One file at a time in one process that is replaced when it dies: joblib alone would read in this very one.
-        for result in prepare_isolated(items[len(results) :], self.settings):
-            results.append(result)
-            progress.advance()
-        return results
+    def _items_of(self, shard: int) -> list[Item]:
+        return self.items[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
 
-    def _write_shard(self, shard: int, items: list[Item], results: list[Prepared]) -> None:
+    def _write_shard(self, shard: int, backend: Backend, progress: Progress) -> None:
         rows, paths, rejected = [], [], []
-        kept: list[Prepared] = []
-        for item, result in zip(items, results):
-            image_id = self.key.hash("image", self.recipe.source, item.relative, "0")
-            paths.append({"image_id": image_id, "path": str(Path(item.path).resolve())})
-            if result.reason:
-                rejected.append({"image_id": image_id, "reason": result.reason})
-                continue
-            rows.append(self._row(image_id, item, result, shard, len(kept)))
-            kept.append(result)
-        ids = [row["image_id"] for row in rows]
-        for scale in self.recipe.scales:
-            images = pa.array([result.images[scale] for result in kept], type=pa.large_binary())
-            self._write_stream(
-                "images", scale, shard, pa.table({"image_id": pa.array(ids, pa.string()), "image": images})
-            )
-            masks = {
-                name: pa.array([result.masks[scale].get(name) for result in kept], type=pa.large_binary())
-                for name in ("lungs", *(f"lesion.{label}" for label in self.lesions))
-            }
-            self._write_stream("masks", scale, shard, pa.table({"image_id": pa.array(ids, pa.string()), **masks}))
+        items = self._items_of(shard)
+        with ShardWriter(self.out, shard, self.encodings, self.lesions) as writer:
+            for item, result in zip(items, self._routed(backend.results(items, self.settings))):
+                image_id = self.key.hash("image", item.source or self.recipe.source, item.relative, "0")
+                paths.append({"image_id": image_id, "path": str(Path(item.path).resolve())})
+                if result.reason:
+                    rejected.append({"image_id": image_id, "reason": result.reason})
+                else:
+                    rows.append(self._row(image_id, item, result, shard, writer.add(image_id, result)))
+                progress.advance()
         write_table(self.part(shard, "paths"), pa.Table.from_pylist(paths, _text_schema("image_id", "path")))
         write_table(self.part(shard, "rejected"), pa.Table.from_pylist(rejected, _text_schema("image_id", "reason")))
         # The part of the table comes last: it is what says that the shard is whole.
-        write_table(self.part(shard), pa.Table.from_pylist(rows, table_schema(self.label_columns)))
+        write_table(self.part(shard), pa.Table.from_pylist(rows, self._part_schema()))
+
+    def _part_schema(self) -> pa.Schema:
+        return table_schema(self.label_columns).append(pa.field("split_given", pa.bool_()))
+
+    def _routed(self, results: Iterator[Prepared]) -> Iterator[Prepared]:
+        """The results, those left out that the router does not take for what the recipe keeps."""
+        while group := list(islice(results, _ROUTED if self.router else 1)):
+            asked = [result for result in group if result.routing is not None]
+            scores = self.router.scores(np.stack([result.routing for result in asked])) if asked else []
+            for result, score in zip(asked, scores):
+                result.routing = None
+                result.route = decide(result.route, score, self.recipe.keep, self.recipe.reject_below)
+                if not result.route.keep:
+                    result.reason = result.route.reason
+            yield from group
 
     @property
     def label_columns(self) -> list[str]:
-        derived = "No_Finding" in self.labels and ABNORMAL not in self.labels
-        return [*self.labels, *([ABNORMAL] if derived else [])]
+        return [*self.labels, *([ABNORMAL] if self._derives_abnormal else [])]
+
+    @property
+    def _derives_abnormal(self) -> bool:
+        return "No_Finding" in self.labels and ABNORMAL not in self.labels
 
     def _row(self, image_id: str, item: Item, result: Prepared, shard: int, place: int) -> dict[str, Any]:
-        source = self.recipe.source
+        source = item.source or self.recipe.source
         patient = item.patient or result.patient or item.patient_in_name
-        patient_id = self.key.hash("patient", source, patient) if patient else f"file-{image_id}"
+        whose = item.patients_of or source  # an archive drawn from another shares its patients' numbers
+        patient_id = self.key.hash("patient", whose, patient) if patient else f"file-{image_id}"
         study = item.study or result.study
-        study_id = self.key.hash("study", source, patient or image_id, study) if study else f"image-{image_id}"
+        study_id = self.key.hash("study", whose, patient or image_id, study) if study else f"image-{image_id}"
         labels = {name: float(value) for name, value in item.labels.items()}
-        if ABNORMAL in self.label_columns and ABNORMAL not in labels:
+        if self._derives_abnormal:
             labels[ABNORMAL] = float(abnormal_from({name: np.array([value]) for name, value in labels.items()})[0])
+        route = result.route
         return {
             **result.facts,
             "image_id": image_id,
             "patient_id": patient_id,
             "study_id": study_id,
+            "view": route.view,
+            "view_source": route.view_source,
+            "view_confidence": route.view_confidence,
+            "chest": route.chest,
+            "route": route.reason,
             "split": item.split or split_of(patient_id),
+            "split_given": bool(item.split),
             "source": source,
+            "duplicates": "",
             **{LABEL + name: value for name, value in labels.items()},
             "shard": shard,
             "row": place,
         }
 
-    def _write_stream(self, kind: str, scale: int, shard: int, table: pa.Table) -> None:
-        with (
-            atomic_path(self.out / kind / str(scale) / f"{shard:05d}.arrow") as temporary,
-            pa.OSFile(str(temporary), "wb") as sink,
-            pa.ipc.new_stream(sink, table.schema) as writer,
-        ):
-            writer.write_table(table)
-
     def _parts(self, kind: str) -> pa.Table:
         return pa.concat_tables([pq.read_table(self.part(shard, kind)) for shard in range(self.shards)])
 
-    def finish(self, plan: dict[str, Any]) -> dict[str, Any]:
+    def finish(self, quiet: bool) -> dict[str, Any]:
         table, rejected, paths = self._parts("rows"), self._parts("rejected"), self._parts("paths")
         if not len(table):
             reasons = Counter(rejected["reason"].to_pylist()).most_common(1)[0]
@@ -255,83 +309,64 @@ class _Work:
                 f"none of the {len(self.items)} files could be used; {reasons[1]} times the reason was: {reasons[0]}. "
                 "Check the source, or whether codecs are missing with carina doctor"
             )
-        write_table(self.out / "table.parquet", table)
-        write_table(self.out / "rejected.parquet", rejected)
+        check_splits(table.select(["patient_id", "split"]).to_pandas(), "this source")
+        table, duplicates = self._without_leaks(table, quiet)
         frame = table.to_pandas()
-        check_splits(frame, "this source")
+        write_store_table(self.out, table)
+        write_table(self.out / "rejected.parquet", rejected)
         photometry, geometry = self.photometry.to_dict(), self.geometry.to_dict()
         info = {
             "schema_version": SCHEMA_VERSION,
             "carina": __version__,
             "scales": list(self.recipe.scales),
-            "encoding": {"format": "raw", "bits": 8},
+            "encoding": {str(scale): encoding.to_metadata() for scale, encoding in self.encodings.items()},
             "photometry": photometry,
             "geometry": geometry,
+            "markers": self.recipe.markers,
             "synthetic": self.recipe.synthetic,
-            "sources": [self.recipe.source],
+            "sources": sorted(set(frame["source"])),
+            "origins": {self.recipe.source: self.provenance},
             "labels": self.label_columns,
+            "abnormal": "derived" if self._derives_abnormal else "given" if ABNORMAL in self.labels else None,
             "lesions": self.lesions,
-            "counts": _counts(frame, rejected.to_pandas(), self.label_columns),
+            "duplicates": duplicates,
+            "counts": counts(frame, rejected.to_pandas(), self.label_columns),
             "store_hash": store_hash(frame, photometry, geometry),
             "labels_hash": labels_hash(frame),
             "key_check": self.key.check,
-            "plan": plan,
+            "plan": self.plan,
         }
         write_table(_paths_file(self.key, info["store_hash"]), paths)
         contact_sheet(self.out, frame, min(self.recipe.scales, key=lambda scale: abs(scale - 160)))
+        write_sheet(self.out, info, frame, rejected.to_pandas())
         info["bytes"] = folder_size(self.out / "images") + folder_size(self.out / "masks")
         write_json(self.out / "store.json", info)
         return info
 
+    def _without_leaks(self, table: pa.Table, quiet: bool) -> tuple[pa.Table, dict[str, Any]]:
+        """The table with its groups of copies, and with splits that keep copies together."""
+        schema = table_schema(self.label_columns)
+        report: dict[str, Any] = {
+            "searched": self.recipe.duplicates,
+            "groups": 0,
+            "images": 0,
+            "moved": 0,
+            "left_out": 0,
+        }
+        if self.recipe.duplicates:
+            columns = ["image_id", "patient_id", "split", "content_hash", "descriptor", "shard", "row", "split_given"]
+            frame = table.select(columns).to_pandas()
+            read = stored_pictures(self.out, frame, self.recipe.scales)
+            quick = len(frame) < 20_000
+            with Progress("copies", len(frame), unit="images", quiet=quiet or quick) as progress:
+                frame["duplicates"] = find_duplicates(frame, read, progress.advance)
+            splits, found = split_linked(frame)
+            report |= found
+            for name, values in (("duplicates", frame["duplicates"]), ("split", splits)):
+                place = table.column_names.index(name)
+                table = table.set_column(place, schema.field(name), pa.array(list(values), pa.string()))
+        return table.select(schema.names).combine_chunks(), report
+
 
 def _text_schema(*names: str) -> pa.Schema:
     return pa.schema([(name, pa.string()) for name in names])
-
-
-def _counts(table: pd.DataFrame, rejected: pd.DataFrame, labels: list[str]) -> dict[str, Any]:
-    def by(column: str) -> dict[str, int]:
-        return {
-            str(k) or "unknown": int(v) for k, v in sorted(Counter(table[column]).items(), key=lambda kv: str(kv[0]))
-        }
-
-    return {
-        "images": len(table),
-        "patients": int(table["patient_id"].nunique()),
-        "patients_unknown": int(table["patient_id"].str.startswith("file-").sum()),
-        "split": by("split"),
-        "patients_by_split": {k: int(v) for k, v in table.groupby("split")["patient_id"].nunique().items()},
-        "view": by("view"),
-        "sex": by("sex"),
-        "rejected": len(rejected),
-        "reasons": {str(k): int(v) for k, v in Counter(rejected["reason"]).most_common()},
-        "lungs_source": by("lungs_source"),
-        "lungs_implausible": int((~table["lungs_plausible"] & (table["lungs_source"] != "none")).sum()),
-        "polarity_suspicious": int((table["polarity"] != "ok").sum()),
-        "positive": {name: int((table[LABEL + name] == 1).sum()) for name in labels},
-        "negative": {name: int((table[LABEL + name] == 0).sum()) for name in labels},
-        "uncertain": {name: int((table[LABEL + name] == -1).sum()) for name in labels},
-    }
-
-
-def summary(info: dict[str, Any]) -> list[str]:
-    """What a user wants to know of a store, a sentence a line."""
-    counts = info["counts"]
-    splits = ", ".join(f"{name} {number}" for name, number in counts["split"].items())
-    lines = [
-        f"{counts['images']} images of {counts['patients']} patients at scale "
-        f"{', '.join(map(str, info['scales']))} ({splits}); {counts['rejected']} files rejected."
-    ]
-    lines += [f"  rejected {number}: {reason}" for reason, number in list(counts["reasons"].items())[:8]]
-    if counts["patients_unknown"]:
-        lines.append(
-            f"Warning: for {counts['patients_unknown']} images no patient is known, so each counts as a patient of its "
-            "own; name a column with patient= or a pattern with patient_regex=, or splits may leak."
-        )
-    if counts["lungs_implausible"]:
-        lines.append(
-            f"{counts['lungs_implausible']} lung masks are implausible and marked so (column lungs_plausible): look at "
-            "the contact sheet."
-        )
-    if counts["polarity_suspicious"]:
-        lines.append(f"{counts['polarity_suspicious']} images may be inverted (column polarity): look at them.")
-    return lines

@@ -1,56 +1,109 @@
-"""What prepare is given: files or a CSV of paths and labels -> one list of items."""
+"""What prepare is given: files, a CSV, a catalog's folder or a dataset of pictures -> one list of items."""
 
 from __future__ import annotations
 
+import glob
 import re
-from dataclasses import dataclass, field
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from carina.data.splits import SPLITS
 from carina.errors import CarinaError, nearest
 from carina.imaging.dicom import list_files
+from carina.intake.catalogs import CATALOGS, find_catalog
+from carina.intake.hub_datasets import find_dataset_items
+from carina.intake.items import VIEWS, Box, Item, Labels
 
-VIEWS = {"PA": "PA", "AP": "AP", "LL": "LATERAL", "RL": "LATERAL", "L": "LATERAL", "LATERAL": "LATERAL"}
-
-
-@dataclass
-class Item:
-    """One file to prepare, with what the CSV and its name say of it. `relative` names it below the source."""
-
-    path: str
-    relative: str
-    patient: str | None = None
-    patient_in_name: str | None = None
-    study: str | None = None
-    view: str = ""
-    sex: str = ""
-    age: float | None = None
-    split: str = ""
-    labels: dict[str, float] = field(default_factory=dict)
-    mask: str | None = None
-    lesions: dict[str, str] = field(default_factory=dict)
+COLUMNS = ("patient", "study", "view", "sex", "age", "year", "split", "mask")
+_PREFIX = re.compile(r"([A-Za-z][A-Za-z0-9_-]+):(.*)", re.DOTALL)  # two characters at least: C: is a drive
 
 
-def find_items(source: str, recipe) -> list[Item]:
-    """The files of a folder, a glob or a CSV, sorted by their path below the source."""
-    if source.lower().endswith(".csv"):
+def find_items(source: str, recipe: Any) -> list[Item]:
+    """The pictures of a source, sorted by their name below it; every one has the same labels.
+
+    source: a folder, a glob, a CSV with a column `path`, ``CATALOG:FOLDER``, ``hf:DATASET`` (a hub id, a folder that
+    save_to_disk wrote, Parquet files) or one Parquet file. Only a hub id touches the network. A file that a table
+    names but that is missing is an item too: reading it says so. Raises CarinaError for what cannot be understood.
+    """
+    kind, place = _kind(source)
+    if kind == "hf":
+        items = find_dataset_items(place, recipe)
+    elif kind:
+        items = find_catalog(kind).items(_place(kind, place), recipe)
+    elif source.lower().endswith(".csv"):
         items = _from_csv(Path(source), recipe)
     else:
-        columns = [
-            name for name in ("patient", "study", "view", "sex", "age", "split", "mask") if getattr(recipe, name)
-        ]
-        if columns or recipe.labels or recipe.lesions:
-            raise CarinaError(f"{(columns or ['labels'])[0]}= names a column of a CSV, but {source} is not a CSV file")
-        files = [Path(file) for file in list_files(source)]
-        root = Path(source) if Path(source).is_dir() else _common_root(files)
-        items = [Item(str(file), file.relative_to(root).as_posix()) for file in files]
-        if not items:
-            raise CarinaError(f"{source} holds no files that could be images; check the path")
+        items = _from_files(source, recipe)
     if recipe.patient_regex:
         _patients_from_names(items, recipe.patient_regex)
     return sorted(items, key=lambda item: item.relative)
+
+
+def find_provenance(source: str, recipe: Any) -> dict[str, Any]:
+    """Where the pictures come from and what their owner allows, as plain values for store.json and the card.
+
+    Keys: name, title, lineage (names of the catalogs that the pictures or patients come from), homepage,
+    official_split, patients (table | header | picture: how far they are known) and terms (license, url,
+    redistribution and derived_weights as yes | no | ask, credentialed, clause, citation). Of what is no catalog nothing
+    is known, so everything is "ask".
+    """
+    kind, place = _kind(source)
+    if kind and kind != "hf":
+        return find_catalog(kind).provenance()
+    name = getattr(recipe, "source", None) or "archive"
+    known = any(getattr(recipe, key, None) for key in ("patient", "patient_regex"))
+    return {
+        "name": name,
+        "title": place if kind == "hf" and not Path(place).exists() else name,
+        "lineage": [],
+        "homepage": "",
+        "official_split": bool(getattr(recipe, "split", None)),
+        "patients": "table" if known else "header",
+        "terms": {
+            "license": "",
+            "url": "",
+            "redistribution": "ask",
+            "derived_weights": "ask",
+            "credentialed": False,
+            "clause": "Not stated: ask the owner of the pictures before publishing.",
+            "citation": "",
+        },
+    }
+
+
+def _kind(source: str) -> tuple[str, str]:
+    """("hf" or a catalog's name, the rest), or ("", source) for files and CSVs."""
+    if source.lower().endswith(".parquet") and not source.startswith("hf:"):
+        return "hf", source
+    match = _PREFIX.fullmatch(source)
+    if match is None or Path(source).exists() or next(glob.iglob(source), None):
+        return "", source
+    kind = match[1].lower()
+    if kind != "hf":
+        find_catalog(kind)
+    return kind, match[2]
+
+
+def _place(kind: str, place: str) -> str:
+    if not place:
+        raise CarinaError(f"{kind}: needs the folder of the archive, as {kind}:FOLDER ({CATALOGS[kind].layout})")
+    return place
+
+
+def _from_files(source: str, recipe: Any) -> list[Item]:
+    columns = [name for name in (*COLUMNS, "boxes") if getattr(recipe, name, None)]
+    if columns or recipe.labels or recipe.lesions:
+        raise CarinaError(f"{(columns or ['labels'])[0]}= names a column of a CSV, but {source} is not a CSV file")
+    files = [Path(file) for file in list_files(source)]
+    root = Path(source) if Path(source).is_dir() else _common_root(files)
+    items = [Item(str(file), file.relative_to(root).as_posix()) for file in files]
+    if not items:
+        raise CarinaError(f"{source} holds no files that could be images; check the path")
+    return items
 
 
 def _common_root(files: list[Path]) -> Path:
@@ -75,13 +128,17 @@ def _patients_from_names(items: list[Item], pattern: str) -> None:
         raise CarinaError(f"patient_regex='{pattern}' matches no file name; try it on one name first")
 
 
-def _from_csv(path: Path, recipe) -> list[Item]:
+def _read_csv(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise CarinaError(f"{path} is not there; check the path")
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        return pd.read_csv(path, dtype=str, keep_default_na=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise CarinaError(f"{path} cannot be read as CSV ({error})") from None
+
+
+def _from_csv(path: Path, recipe: Any) -> list[Item]:
+    table = _read_csv(path)
 
     def column(key: str, name: str | None) -> pd.Series | None:
         if name is None:
@@ -95,13 +152,12 @@ def _from_csv(path: Path, recipe) -> list[Item]:
         raise CarinaError(f"{path} has no rows; add one a file")
     if names.duplicated().any():
         raise CarinaError(f"{path} lists {int(names.duplicated().sum())} paths twice; keep one row a file")
-    columns = {
-        key: column(key, getattr(recipe, key)) for key in ("patient", "study", "view", "sex", "age", "split", "mask")
-    }
+    columns = {key: column(key, getattr(recipe, key, None)) for key in COLUMNS}
     wanted = recipe.labels if isinstance(recipe.labels, dict) else {name: name for name in recipe.labels}
     labels = {label: _label_values(column("labels", name), path, name) for label, name in wanted.items()}
     lesions = {label: column("lesions", name) for label, name in recipe.lesions.items()}
     ages = None if columns["age"] is None else _numbers(columns["age"], path, recipe.age)
+    years = None if columns["year"] is None else _years(columns["year"], path, recipe.year)
     if columns["split"] is not None:
         wrong = set(columns["split"]) - {*SPLITS, ""}
         if wrong:
@@ -110,10 +166,14 @@ def _from_csv(path: Path, recipe) -> list[Item]:
             )
     if columns["patient"] is not None and columns["split"] is not None:
         columns["split"] = _split_by_patient(columns["patient"], columns["split"], path)
+    boxes = _boxes(Path(recipe.boxes), set(names)) if getattr(recipe, "boxes", None) else {}
+    values = [value.to_numpy(np.float32) for value in labels.values()]
+    matrix = Labels(list(labels), np.stack(values, axis=1) if values else np.zeros((len(table), 0)))
+    texts = {key: [""] * len(table) if value is None else value.tolist() for key, value in columns.items()}
     folder = path.parent
     items = []
-    for i, name in enumerate(names):
-        text = {key: ("" if value is None else value.iloc[i]) for key, value in columns.items()}
+    for i, (name, row) in enumerate(zip(names, matrix.rows() if values else [{} for _ in names])):
+        text = {key: value[i] for key, value in texts.items()}
         items.append(
             Item(
                 path=str(folder / name),
@@ -123,13 +183,36 @@ def _from_csv(path: Path, recipe) -> list[Item]:
                 view=VIEWS.get(text["view"].upper(), ""),
                 sex=text["sex"][:1].upper() if text["sex"][:1].upper() in ("F", "M") else "",
                 age=None if ages is None or pd.isna(ages.iloc[i]) else float(ages.iloc[i]),
+                year=None if years is None or pd.isna(years.iloc[i]) else int(years.iloc[i]),
                 split=text["split"],
-                labels={label: float(value.iloc[i]) for label, value in labels.items()},
+                labels=row,
+                boxes=boxes.get(name, ()),
                 mask=str(folder / text["mask"]) if text["mask"] else None,
                 lesions={label: str(folder / value.iloc[i]) for label, value in lesions.items() if value.iloc[i]},
             )
         )
     return items
+
+
+def _boxes(path: Path, names: set[str]) -> dict[str, list[Box]]:
+    """The boxes of a second CSV by path: label, x0, y0, x1, y1 (pixels of the original, half-open), origin if given."""
+    table = _read_csv(path)
+    needed = ("path", "label", "x0", "y0", "x1", "y1")
+    for name in needed:
+        if name not in table.columns:
+            raise CarinaError(f"{path} (boxes=) has no column '{name}'{nearest(name, table.columns)}")
+    strange = set(table["path"]) - names
+    if strange:
+        raise CarinaError(f"{path} (boxes=) has a box for '{min(strange)}', which the CSV of pictures does not list")
+    corners = [_numbers(table[name].str.strip(), path, name) for name in needed[2:]]
+    flat = (corners[0] < corners[2]) & (corners[1] < corners[3])
+    if not flat.all():
+        raise CarinaError(f"{path} (boxes=): the box in row {int(flat.argmin()) + 2} is empty; x0 < x1 and y0 < y1")
+    origins = table["origin"] if "origin" in table.columns else pd.Series("table", index=table.index)
+    boxes = defaultdict(list)
+    for name, label, x0, y0, x1, y1, origin in zip(table["path"], table["label"].str.strip(), *corners, origins):
+        boxes[name].append((label, float(x0), float(y0), float(x1), float(y1), origin))
+    return dict(boxes)
 
 
 def _split_by_patient(patients: pd.Series, splits: pd.Series, path: Path) -> pd.Series:
@@ -152,11 +235,21 @@ def _label_values(values: pd.Series, path: Path, name: str) -> pd.Series:
     return numbers
 
 
+def _years(values: pd.Series, path: Path, name: str) -> pd.Series:
+    """The first four digits of a year or a date that begins with it."""
+    years = _numbers(values.str.extract(r"^(\d{4})(?!\d)|^(\d{4})\d{4}$").bfill(axis=1)[0].fillna(values), path, name)
+    wrong = years[years.notna() & ~years.between(1895, 2200)]
+    if len(wrong):
+        raise CarinaError(f"{path}: column '{name}' holds {wrong.iloc[0]:g}, which is not a year; give it as 2016")
+    return years
+
+
 def _numbers(values: pd.Series, path: Path, name: str) -> pd.Series:
     numbers = pd.to_numeric(values.replace("", None), errors="coerce")
     wrong = values[(values != "") & (values.str.lower() != "nan") & numbers.isna()]
     if len(wrong):
         raise CarinaError(
-            f"{path}: column '{name}' holds '{wrong.iloc[0]}', which is not a number; leave it blank where it is unknown"
+            f"{path}: column '{name}' holds '{wrong.iloc[0]}', which is not a number; leave it blank where it "
+            "is unknown"
         )
     return numbers

@@ -27,6 +27,19 @@ def _counts(values: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {number:,}" for name, number in values.items()) or "unknown"
 
 
+def _terms(name: str, origin: Mapping[str, Any]) -> str:
+    """What the owners of a source allow, a line of a list."""
+    terms = origin.get("terms")
+    if not terms:
+        return f"  * {name}: upstream terms are not known to carina; the publisher must check them."
+    weights = {"yes": "may be published", "no": "may not be published", "ask": "only with the owners' consent"}
+    parents = f"; drawn from {', '.join(origin['lineage'])}" if origin.get("lineage") else ""
+    return (
+        f"  * {name}: {origin['title']}{parents}; license: {terms['license']}; derived weights: "
+        f"{weights[terms['derived_weights']]}. {terms['clause']}"
+    )
+
+
 def backbone_card(backbone: Backbone, record: Mapping[str, Any], license: str | None = None) -> str:
     """The model card of a backbone as Markdown, from `record` (carina.json)."""
     spec, data, training = backbone.spec, record["data"], record["training"]
@@ -89,6 +102,7 @@ def backbone_card(backbone: Backbone, record: Mapping[str, Any], license: str | 
             f"* {data['images']:,} images of {data['patients']:,} patients{synthetic}; the pretext saw "
             f"{record['pretext_saw']}; labels used: {record['labels_used']}.",
             f"* Sources: {_counts(data['source'])}",
+            *(_terms(name, origin) for name, origin in data["origins"].items()),
             f"* Views: {_counts(data['view'])}",
             f"* Sex: {_counts(data['sex'])}; age: {age}",
             f"* Store: {', '.join(record['store_hashes'])}",

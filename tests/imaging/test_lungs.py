@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
 
 from carina.imaging.lungs import lung_mask
+from carina.imaging.phantom import phantom
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> float:
@@ -64,6 +70,48 @@ def test_without_lungs_the_prior_stands_and_says_so():
         assert found.mask.shape == picture.shape
 
 
+def test_most_of_the_true_lungs_of_synthetic_radiographs_is_found():
+    """Whole frames, and frames that cut the apices off: the shape of a chest, not that of the frame, is what is sought."""
+    covered = []
+    for patient in range(16):
+        drawn = phantom(9, patient, size=192, view=("PA", "AP")[patient % 2], findings=())
+        top = int(np.flatnonzero(drawn.lungs.any(axis=1))[0])
+        for start in (0, top + 20):
+            found = lung_mask(np.ascontiguousarray(drawn.image[start:]))
+            covered.append((found.mask & drawn.lungs[start:]).sum() / drawn.lungs[start:].sum())
+            assert found.plausible and found.mask.sum() < 2 * drawn.lungs[start:].sum()
+    assert np.mean(covered) > 0.72, np.mean(covered)
+
+
+def test_lungs_reach_behind_the_heart():
+    lungs = ellipses(256, 256)
+    heart = np.zeros_like(lungs)
+    heart[120:190, 140:200] = True
+    found = lung_mask(body(lungs & ~heart))
+    assert found.plausible and found.mask[130:160, 150:190].mean() > 0.9
+    assert not found.mask[:, 126:130].any(), "the spine is no lung"
+
+
+def test_a_segmenter_replaces_the_threshold_but_not_the_check():
+    lungs = ellipses(256, 256)
+    picture, seen = np.pad(body(lungs), ((0, 0), (30, 30))), []
+
+    def drawn(image: np.ndarray) -> np.ndarray:
+        seen.append(image.shape)
+        left = (image.shape[1] - 256) // 2
+        return np.pad(lungs, ((0, 0), (left, image.shape[1] - 256 - left))) * 0.9
+
+    found = lung_mask(picture, segmenter=drawn)
+    assert found.plausible and found.source == "segmenter" and overlap(found.mask[:, 30:-30], lungs) > 0.99
+    assert seen[0][0] == 256 and 256 <= seen[0][1] < 316, "flat margins are no business of a segmenter"
+    for wrong in (np.zeros_like, np.ones_like, lambda image: 0.9 * (np.indices(image.shape)[1] < image.shape[1] / 2)):
+        refused = lung_mask(picture, segmenter=wrong)
+        assert not refused.plausible and refused.source == "prior" and refused.mask.shape == picture.shape
+        assert refused.mask[:, : picture.shape[1] // 2].any() and refused.mask[:, picture.shape[1] // 2 :].any()
+    with pytest.raises(AssertionError, match="segmenter gave"):
+        lung_mask(picture, segmenter=lambda image: image[:10])
+
+
 @pytest.mark.real
 def test_real_masks_are_met_better_than_by_two_ellipses(real_data):
     folder = real_data / "kermany"
@@ -78,3 +126,34 @@ def test_real_masks_are_met_better_than_by_two_ellipses(real_data):
     assert len(ours) >= 80
     assert np.mean(ours) >= 0.715, np.mean(ours)
     assert np.mean(ours) > np.mean(fixed) + 0.05
+
+
+def test_the_benchmark_measures_what_it_says(tmp_path):
+    """Drawn lungs as truth: overlaps, the mean mask of others, broken masks and the sheet."""
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "lungs.py"
+    spec = importlib.util.spec_from_file_location("lungs_script", path)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # dataclasses look their module up
+    spec.loader.exec_module(script)
+    rows = []
+    for i in range(4):
+        lungs = ellipses(128, 128 + 32 * (i // 2))
+        cv2.imwrite(str(tmp_path / f"{i}.png"), np.round(body(lungs) * 255).astype(np.uint8))
+        cv2.imwrite(str(tmp_path / f"{i}_mask.png"), lungs.astype(np.uint8) * 255)
+        rows.append({"path": f"{i}.png", "patient_id": f"{i // 2}", "lung_mask": f"{i}_mask.png"})
+    pd.DataFrame(rows).to_csv(tmp_path / "t.csv", index=False)
+    words = [f"tables=[{tmp_path / 't.csv'}]", f"out={tmp_path / 'r.json'}", "resamples=100", "side=64"]
+    assert script.main([*words, f"sheet={tmp_path / 's.png'}", "every=1", "columns=2"]) == 0
+    assert cv2.imread(str(tmp_path / "s.png")).shape == (128, 128, 3)
+    (figures,) = json.loads((tmp_path / "r.json").read_text())["sets"].values()
+    assert (figures["images"], figures["patients"], figures["implausible"]) == (4, 2, 0)
+    ious = {name: row["iou"]["value"] for name, row in figures["methods"].items() if "iou" in row}
+    assert ious["two fixed ellipses"] > 0.9 and ious["mean drawn mask"] > 0.9 and ious["carina"] > 0.75
+    # Of other patients only: a patient whose mask is unlike all others is met by none of them.
+    cv2.imwrite(str(tmp_path / "0_mask.png"), 255 * np.eye(128, dtype=np.uint8))
+    cv2.imwrite(str(tmp_path / "1_mask.png"), 255 * np.eye(128, dtype=np.uint8))
+    assert script.main(words) == 0
+    (figures,) = json.loads((tmp_path / "r.json").read_text())["sets"].values()
+    assert figures["methods"]["mean drawn mask"]["iou"]["value"] < 0.05
+    cv2.imwrite(str(tmp_path / "3_mask.png"), np.zeros((9, 9), np.uint8))
+    assert script.main(words) == 2

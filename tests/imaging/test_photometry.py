@@ -1,28 +1,24 @@
-"""Gray values against pydicom, polarity against written twins, geometry against points that are drawn."""
+"""Gray values against pydicom, polarity against written twins."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.uid import ExplicitVRLittleEndian
 
 from carina.errors import CarinaError
+from carina.imaging import photometry
 from carina.imaging.photometry import (
-    Geometry,
     Photometry,
     Unreadable,
     collimated,
     develop,
+    is_raw,
     polarity_score,
-    resize,
-    resize_mask,
     window,
 )
 
@@ -98,7 +94,32 @@ def test_tables_agree_with_pydicom(as_bytes, modality):
     ds.VOILUTSequence = table(700, curve, 10, as_bytes)
     image, words, _ = develop(stored, ds, Photometry(), 12)
     assert words == "header VOI LUT"  # it wins over the window
+    ds.VOILUTSequence = [*ds.VOILUTSequence, *table(0, curve[::-1], 10, as_bytes)]
+    again, words, _ = develop(stored, ds, Photometry(), 12)
+    assert words == "header VOI LUT (of 2)"
+    np.testing.assert_array_equal(again, image)
     np.testing.assert_allclose(image, by_pydicom(stored, ds), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value")
+@pytest.mark.parametrize("first", [-1000, 65536 - 1000])
+def test_tables_of_signed_values_begin_below_zero(first):
+    """The descriptor is US or SS by the sign of the pixels, and writers take either; a length may then be negative."""
+    stored = np.linspace(-2048, 2047, 4096).round().astype(np.int16).reshape(64, 64)
+    curve = (1023 * np.linspace(0, 1, 40000) ** 0.5).astype(np.uint16)
+    item = table(0, curve, 10, True)[0]
+    item.add_new("LUTDescriptor", "SS" if first < 0 else "US", [40000 - 65536 if first < 0 else 40000, first, 10])
+    image, _, _ = develop(stored, header(signed=True, VOILUTSequence=[item]), Photometry(), 12)
+    expected = curve[np.clip(stored.astype(int) + 1000, 0, 39999)] / 1023
+    np.testing.assert_allclose(image, expected, atol=1e-6)
+
+
+def test_the_first_valid_window_is_taken_and_counted():
+    stored = (chest() * 3000 + 500).astype(np.uint16)
+    ds = header(WindowCenter=[100, 2000, 1500], WindowWidth=[0, 3000, 10])
+    image, words, _ = develop(stored, ds, Photometry(), 12)
+    assert words == "header window 2000/3000 LINEAR (of 3)"
+    np.testing.assert_allclose(image, window(stored, 2000, 3000), atol=1e-6)
 
 
 def test_header_choice_without_a_window_is_the_full_stored_range():
@@ -206,6 +227,7 @@ def test_raw_data_is_refused_or_its_logarithm_is_taken():
     counts = (60000 * np.exp(-4 * thickness)).astype(np.uint16)
     raw = {"PresentationIntentType": "FOR PROCESSING", "PixelIntensityRelationship": "LIN"}
     for elements in (raw, {"PixelIntensityRelationship": "LIN"}, {"PresentationIntentType": "FOR PROCESSING"}):
+        assert is_raw(header(**elements))
         with pytest.raises(Unreadable, match="for_processing=log"):
             develop(counts, header(bits=16, **elements), Photometry(), 16)
     ds = header(bits=16, PixelIntensityRelationshipSign=1, **raw)
@@ -216,90 +238,58 @@ def test_raw_data_is_refused_or_its_logarithm_is_taken():
     assert np.corrcoef(image[inside], thickness[inside])[0, 1] > 0.9999
 
 
+def test_linear_in_intensity_but_for_presentation_is_shown_as_the_window_says():
+    """PS3.3 C.8.11.3.1.2: the relationship describes the detector and prescribes nothing for the display."""
+    stored = (chest() * 3000 + 500).astype(np.uint16)
+    window = {"WindowCenter": 2000, "WindowWidth": 3000}
+    linear = {"PixelIntensityRelationship": "LIN", "PresentationIntentType": "FOR PRESENTATION"}
+    shown, _, _ = develop(stored, header(**window, **linear), Photometry(), 12)
+    np.testing.assert_array_equal(shown, develop(stored, header(**window), Photometry(), 12)[0])
+
+
+@pytest.mark.parametrize("bits, signed", [(8, False), (12, True), (16, False)])
+def test_narrow_tables_and_wide_ones_give_one_picture(monkeypatch, bits, signed):
+    """With and without a library that looks up 16-bit words."""
+    low = -(2 ** (bits - 1)) if signed else 0
+    kind = "uint8" if bits == 8 else "int16" if signed else "uint16"
+    stored = (low + np.random.default_rng(0).integers(0, 2**bits, (150, 130))).astype(kind)
+    ds = header(bits=bits, signed=signed, RescaleSlope=1.5, RescaleIntercept=-3)
+    images = []
+    for wide in (True, False):
+        monkeypatch.setattr(photometry, "_WIDE_TABLES", wide and photometry._WIDE_TABLES)
+        images.append(develop(stored, ds, Photometry("full"), bits)[0])
+    np.testing.assert_array_equal(*images)
+    np.testing.assert_allclose(images[0], by_pydicom(stored, ds), atol=1e-6)
+
+
+def test_words_of_32_bits_are_developed_too():
+    stored = (chest() * 2**31).astype(np.uint32)
+    image, _, _ = develop(stored, header(bits=32), Photometry("full"), 32)
+    assert image.dtype == np.float32
+    np.testing.assert_allclose(image, stored / (2.0**32 - 1), atol=1e-6)
+
+
+def test_equalization_flattens_the_histogram_and_keeps_padding_black():
+    stored = (chest() ** 3 * 3000 + 500).astype(np.uint16)
+    stored[:, :10] = 0
+    ds = header(PixelPaddingValue=0)
+    plain, _, _ = develop(stored, ds, Photometry(), 12)
+    even, _, _ = develop(stored, ds, Photometry(equalize="clahe"), 12)
+    assert even.dtype == np.float32 and even.min() >= 0 and even.max() <= 1 and (even[:, :10] == 0).all()
+
+    def entropy(image: np.ndarray) -> float:
+        share = np.histogram(image[:, 10:], 64, (0, 1))[0] / image[:, 10:].size
+        return float(-(share[share > 0] * np.log2(share[share > 0])).sum())
+
+    assert entropy(even) > entropy(plain) + 0.2
+    # Locally the order of gray values is kept: it is a picture of the same chest.
+    assert np.corrcoef(even.ravel(), plain.ravel())[0, 1] > 0.8
+
+
 def test_settings_round_trip_and_name_the_nearest_choice():
-    photometry = Photometry(window="full", frames="first")
-    assert Photometry.from_dict(photometry.to_dict()) == photometry
-    assert Geometry.from_dict(Geometry("crop").to_dict()) == Geometry("crop")
+    chosen = Photometry(window="full", frames="first", equalize="clahe")
+    assert Photometry.from_dict(chosen.to_dict()) == chosen
     with pytest.raises(CarinaError, match="percentile"):
         Photometry(window="percentiles")
-    with pytest.raises(CarinaError, match="did you mean 'fit'"):
-        Geometry.from_dict({"fits": "pad"})
-
-
-# --- geometry -----------------------------------------------------------------------------------------------------
-
-SIDES = st.integers(32, 150)
-FITS = st.sampled_from(["pad", "stretch", "crop"])
-SPACINGS = st.one_of(st.none(), st.tuples(st.floats(0.1, 0.4), st.floats(0.1, 0.4)))
-
-
-@dataclass
-class Case:
-    height: int
-    width: int
-    size: int
-    geometry: Geometry
-    spacing: tuple[float, float] | None
-
-
-CASES = st.builds(Case, SIDES, SIDES, st.integers(16, 160), st.builds(Geometry, FITS), SPACINGS)
-
-
-@settings(max_examples=80, deadline=None)
-@given(CASES, st.floats(0.3, 0.7), st.floats(0.3, 0.7))
-def test_a_point_lands_where_the_affine_says(case, u, v):
-    """A blob's center of mass, drawn in the original, is found at the affine's place to half an original pixel."""
-    y, x = np.mgrid[: case.height, : case.width] + 0.5
-    px, py = u * case.width, v * case.height
-    blob = np.exp(-((x - px) ** 2 + (y - py) ** 2) / (2 * 2.5**2)).astype(np.float32)
-    image, (ax, bx, ay, by) = resize(blob, case.size, case.geometry, case.spacing)
-    fx, fy = ax * px + bx, ay * py + by
-    if not (0.2 < fx < 0.8 and 0.2 < fy < 0.8):
-        return  # cropped away, wholly or in part
-    rows, columns = np.mgrid[: case.size, : case.size] + 0.5
-    found = np.array([(columns * image).sum(), (rows * image).sum()]) / image.sum() / case.size
-    assert abs(found[0] - fx) <= max(0.5 * ax, 0.25 / case.size) and abs(found[1] - fy) <= max(
-        0.5 * ay, 0.25 / case.size
-    )
-
-
-@settings(max_examples=80, deadline=None)
-@given(CASES)
-def test_corners_size_and_range(case):
-    height, width, geometry = case.height, case.width, case.geometry
-    image, (ax, bx, ay, by) = resize(np.ones((height, width), np.float32), case.size, geometry, case.spacing)
-    assert image.shape == (case.size, case.size) and image.dtype == np.float32
-    assert image.min() >= 0 and image.max() <= 1
-    assert resize(np.ones((height, width), np.float32), 33, geometry, case.spacing)[1] == (ax, bx, ay, by)
-    left, right, top, bottom = bx, ax * width + bx, by, ay * height + by
-    if geometry.fit == "stretch":
-        np.testing.assert_allclose([left, right, top, bottom], [0, 1, 0, 1], atol=1e-12)
-    elif geometry.fit == "pad":
-        assert -1e-9 <= left <= right <= 1 + 1e-9 and -1e-9 <= top <= bottom <= 1 + 1e-9
-        # The picture's share of the frame is its area in the square, to the last bit of the filter.
-        assert image.mean() == pytest.approx((right - left) * (bottom - top), abs=0.02)
-        assert abs(left - (1 - right)) <= ax + 1e-9 and abs(top - (1 - bottom)) <= ay + 1e-9
-    else:
-        assert left <= 1e-9 and top <= 1e-9 and right >= 1 - 1e-9 and bottom >= 1 - 1e-9 and image.min() > 1 - 1e-5
-    if geometry.fit != "stretch":
-        row, column = case.spacing or (1.0, 1.0)
-        assert (ax / column) / (ay / row) == pytest.approx(1, abs=1 / (2 * min(height, width) * 0.2))
-
-
-def test_shrinking_is_the_mean_of_areas():
-    image = np.random.default_rng(0).random((64, 96), dtype=np.float32)
-    small, _ = resize(image, 32, Geometry("crop"))
-    np.testing.assert_allclose(small, image[:, 16:80].reshape(32, 2, 32, 2).mean(axis=(1, 3)), atol=1e-6)
-    padded, (ax, bx, ay, by) = resize(image, 24, Geometry())
-    assert (ax, bx, ay, by) == (1 / 96, 0, 1 / 96, 16 / 96)
-    np.testing.assert_allclose(padded[4:20], image.reshape(16, 4, 24, 4).mean(axis=(1, 3)), atol=1e-6)
-    assert (padded[:4] == 0).all() and (padded[20:] == 0).all()
-
-
-def test_masks_follow_the_picture():
-    mask = np.zeros((90, 60), dtype=bool)
-    mask[30:60, 11:41] = True
-    small = resize_mask(mask, 45, Geometry())
-    assert small.dtype == bool and small.sum() == 15 * 15
-    rows, columns = np.nonzero(small)
-    assert (rows.min(), rows.max()) == (15, 29) and columns.max() - columns.min() == 14
+    with pytest.raises(CarinaError, match="did you mean 'window'"):
+        Photometry.from_dict({"windows": "auto"})

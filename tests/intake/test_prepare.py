@@ -1,5 +1,4 @@
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -9,14 +8,17 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset
 
-from carina.data.store import Store, read_images, read_masks, select
+from carina.data.batches import in_order
+from carina.data.store import Store, read_images, read_masks, select, unit
 from carina.errors import CarinaError
+from carina.intake import backends
 from carina.intake import images as intake_images
 from carina.intake.prepare import prepare
 
-STORE_FILES = {"table.parquet", "store.json", "rejected.parquet", "contact.png"}
+STORE_FILES = {"table.parquet", "store.json", "rejected.parquet", "contact.png", "sheet.html"}
 
 
 def radiograph(seed: int, height: int = 90, width: int = 110) -> np.ndarray:
@@ -88,35 +90,32 @@ def test_bad_files_are_counted_listed_and_left_out(tmp_path):
 
 def test_a_decoder_that_dies_costs_one_file(tmp_path, monkeypatch):
     """The pool is told that its worker died; the file that kills is left out and the others are kept."""
-    from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    from carina.intake import prepare as module
+    # Both are local, so that they are sent by value: other processes need not import this file, and torch with it.
+    def fatal(items, settings):
+        import os
+        import signal
 
-    def dies(*_, **__):
-        raise TerminatedWorkerError("a worker was killed")
+        from carina.intake.images import prepare_file
 
-    class Pool:
-        def __init__(self, *_, **__):
-            pass
+        if any(item.relative.endswith("_3.png") for item in items):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return [prepare_file(item, settings) for item in items]
 
-        def __call__(self, tasks):
-            return (dies() for _ in tasks)
+    class Fatal:
+        def __init__(self, settings):
+            self.settings = settings
 
-    monkeypatch.setattr(module, "CHUNK", 2)
-    monkeypatch.setattr(module, "Parallel", Pool)
-    monkeypatch.setattr(intake_images, "prepare_files", _kill_on_third)
+        def __call__(self, item):
+            return fatal([item], self.settings)[0]
+
+    monkeypatch.setattr(backends, "_in_our_process", fatal)
+    monkeypatch.setattr(intake_images, "_One", Fatal)
+    folder = folder_of(tmp_path, 40)
     for workers in (1, 2):
         given = {"out": str(tmp_path / f"store{workers}"), "scales": [32], "workers": workers}
-        info = prepare(str(tmp_path / "images" if workers == 2 else folder_of(tmp_path)), given, quiet=True)
-        assert info["counts"]["images"] == 5 and info["counts"]["reasons"] == {"its decoder crashed": 1}
-
-
-def _kill_on_third(items, settings):
-    if items[0].relative.endswith("_3.png"):
-        import os
-
-        os.kill(os.getpid(), signal.SIGSEGV)
-    return [intake_images.prepare_file(item, settings) for item in items]
+        info = prepare(str(folder), given, quiet=True)
+        assert info["counts"]["images"] == 39 and info["counts"]["reasons"] == {"its decoder crashed": 1}
 
 
 def test_interrupted_and_given_again_it_continues_to_the_same_bytes(tmp_path, monkeypatch):
@@ -127,15 +126,15 @@ def test_interrupted_and_given_again_it_continues_to_the_same_bytes(tmp_path, mo
     given = {"scales": [32], "workers": 1}
     prepare(str(folder), {"out": str(tmp_path / "whole"), **given}, quiet=True)
     calls = []
-    original = module._Work._prepare
+    original = module._Work._write_shard
 
-    def interrupted(self, items, progress):
-        calls.append(len(items))
+    def interrupted(self, shard, backend, progress):
+        calls.append(shard)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(self, items, progress)
+        return original(self, shard, backend, progress)
 
-    monkeypatch.setattr(module._Work, "_prepare", interrupted)
+    monkeypatch.setattr(module._Work, "_write_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(str(folder), {"out": str(tmp_path / "again"), **given}, quiet=True)
     with pytest.raises(CarinaError, match="has not finished"):
@@ -145,12 +144,12 @@ def test_interrupted_and_given_again_it_continues_to_the_same_bytes(tmp_path, mo
     with pytest.raises(CarinaError, match="another recipe"):
         prepare(str(folder), {"out": str(tmp_path / "again"), "scales": [64]}, quiet=True)
     prepare(str(folder), {"out": str(tmp_path / "again"), **given}, quiet=True)
-    assert len(calls) == 4, "the first shard was not done again"
+    assert calls == [0, 1, 1, 2], "the first shard was not done again"
     assert digest(tmp_path / "whole") == digest(tmp_path / "again")
 
 
 def test_killed_in_the_middle_it_continues(tmp_path):
-    folder = folder_of(tmp_path, 400)
+    folder = folder_of(tmp_path, 120)
     words = [
         sys.executable,
         "-m",
@@ -168,7 +167,7 @@ def test_killed_in_the_middle_it_continues(tmp_path):
     process.kill()
     process.wait()
     subprocess.run([*words, "--quiet"], check=True)
-    assert len(Store(tmp_path / "store")) == 400
+    assert len(Store(tmp_path / "store")) == 120
 
 
 def test_splits_of_a_csv_are_kept_and_labels_checked(tmp_path):
@@ -225,6 +224,74 @@ def test_real_radiographs_with_human_masks(real_data, tmp_path):
 
 @pytest.mark.real
 def test_every_shared_dicom_file_is_kept_or_rejected_with_a_reason(real_data, tmp_path):
-    info = prepare(str(real_data / "dicom"), {"out": str(tmp_path / "store"), "scales": [64], "workers": 1}, quiet=True)
-    assert info["counts"]["images"] + info["counts"]["rejected"] == 21 and info["counts"]["images"] >= 18
-    assert json.loads((tmp_path / "store" / "store.json").read_text())["counts"] == info["counts"]
+    for keep in ("all", "frontal"):
+        out = tmp_path / keep
+        given = {"out": str(out), "scales": [64], "workers": 1, "keep": keep, "duplicates": False}
+        info = prepare(str(real_data / "dicom"), given, quiet=True)
+        counts = info["counts"]
+        assert counts["images"] + counts["rejected"] == 21 and sum(counts["reasons"].values()) == counts["rejected"]
+        assert json.loads((out / "store.json").read_text())["counts"] == counts
+        if keep == "all":
+            assert counts["images"] >= 19
+    hips = pd.read_csv(real_data / "dicom" / "labels.csv", dtype=str).query("body_part_examined_tag == 'HIP'")
+    assert counts["rejected"] >= len(hips) and any("HIP" in reason for reason in counts["reasons"])
+
+
+@pytest.mark.parametrize(("encoding", "bits"), [("png", 16), ("raw", 16), ("png", 8), ("jpeg", 8)])
+def test_every_encoding_holds_the_same_picture(tmp_path, encoding, bits):
+    folder = folder_of(tmp_path)
+    given = {"scales": [64, 32], "workers": 1}
+    prepare(str(folder), {**given, "out": str(tmp_path / "plain")}, quiet=True)
+    form = {"encoding": {64: encoding}, "bits": {64: bits}}
+    prepare(str(folder), {**given, "out": str(tmp_path / "other"), **form}, quiet=True)
+    plain, other = select(str(tmp_path / "plain")), select(str(tmp_path / "other"))
+    assert plain.hashes == other.hashes, "an image has one content hash, however it is kept"
+    images = other.images(range(6), 64)
+    assert images.dtype == (np.uint16 if bits == 16 else np.uint8)
+    level = 1 / 255 if encoding != "jpeg" else 0.1
+    np.testing.assert_allclose(unit(images), unit(plain.images(range(6), 64)), atol=level)
+    np.testing.assert_array_equal(other.images(range(6), 32), plain.images(range(6), 32))
+    both = select([str(tmp_path / "plain"), str(tmp_path / "other")])
+    assert len(both) == 6
+    batches = list(in_order(other, 64, torch.device("cpu"), batch_size=4))
+    np.testing.assert_allclose(torch.cat([b for _, b in batches])[:, 0].numpy(), unit(images), atol=1e-7)
+
+
+def test_a_dry_run_tells_disk_and_time_and_writes_nothing(tmp_path, carina):
+    folder = folder_of(tmp_path, 20)
+    out = tmp_path / "store"
+    found = json.loads(carina("prepare", folder, f"out={out}", "scales=[256,64]", "--dry-run", "--json").stdout)
+    assert found["files"] == 20 and found["seconds"] > 0 and not out.exists()
+    prepare(str(folder), {"out": str(out), "scales": [256, 64]}, quiet=True)
+    written = sum(p.stat().st_size for p in out.rglob("*.arrow")) + (out / "table.parquet").stat().st_size
+    assert 0.8 < written / found["bytes"] < 1.25
+
+
+def test_a_store_that_would_not_fit_is_refused_before_the_work(tmp_path, monkeypatch):
+    from carina.intake import estimate
+    from carina.intake import prepare as module
+
+    folder = folder_of(tmp_path, 10)
+    monkeypatch.setattr(module, "WORTH_IT", 5)
+    monkeypatch.setattr(estimate, "free_bytes", lambda _: 100_000)
+    with pytest.raises(CarinaError, match=r"would take about .* 100 kB left"):
+        prepare(str(folder), {"out": str(tmp_path / "store"), "scales": [256]}, quiet=True)
+    assert not (tmp_path / "store").exists()
+
+
+def test_lateral_views_and_copies_do_what_the_recipe_says(tmp_path):
+    folder = folder_of(tmp_path, 8)
+    names = sorted(p.name for p in folder.glob("*.png"))
+    cv2.imwrite(str(folder / "q_9.png"), cv2.imread(str(folder / names[0]), cv2.IMREAD_GRAYSCALE))
+    table = pd.DataFrame({"path": [*names, "q_9.png"], "who": [n[:2] for n in names] + ["q"]})
+    table["view"] = ["PA", "AP", "LATERAL", "LL", "", "PA", "PA", "PA", "PA"]
+    table.to_csv(folder / "labels.csv", index=False)
+    given = {"scales": [32], "patient": "who", "view": "view", "workers": 1}
+    info = prepare(str(folder / "labels.csv"), {**given, "out": str(tmp_path / "frontal")}, quiet=True)
+    assert info["counts"]["images"] == 7 and info["counts"]["view"] == {"AP": 1, "PA": 5, "unknown": 1}
+    assert info["counts"]["duplicates"] == 2
+    frame = Store(tmp_path / "frontal").table
+    twins = frame[frame["duplicates"] != ""]
+    assert twins["split"].nunique() == 1 and twins["patient_id"].nunique() == 2
+    info = prepare(str(folder / "labels.csv"), {**given, "out": str(tmp_path / "all"), "keep": "all"}, quiet=True)
+    assert info["counts"]["images"] == 9 and info["counts"]["view"]["LATERAL"] == 2
