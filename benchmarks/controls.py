@@ -79,7 +79,8 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Rows:
-    """A chunk of a store. images: (B, S, S) uint8 or uint16. lungs: (B, S, S) bool. sizes: (B, 2) height, width of the files."""
+    """A chunk of a store. images: (B, S, S) uint8 or uint16. lungs: (B, S, S) bool. sizes: (B, 2) height and width of
+    the files."""
 
     images: np.ndarray
     lungs: np.ndarray

@@ -1,7 +1,7 @@
 """How fast radiographs are read, beside pydicom with Pillow; two workers beside one; memory of 2,000 files beside 200.
 
     python benchmarks/intake.py [parts=[reading,workers,memory]] [out=FILE.json] [files=4] [repeats=15]
-                                [dicom=FOLDER] [work=FOLDER] [workers_files=600] [memory_files=[200,2000]]
+                                [dicom=FOLDER] [work=FOLDER] [workers_files=1500] [memory_files=[200,2000]]
 
 reading: 12-bit files of 2500 x 2048 pixels (synthetic radiographs with noise) to scales 512 and 256 in raw 8 bits, on
 one core and one thread, both sides in turn in this process. The peer reads with pydicom, applies apply_modality_lut and
@@ -73,7 +73,7 @@ DEFAULTS = {
     "repeats": 15,
     "dicom": None,
     "work": None,
-    "workers_files": 600,
+    "workers_files": 1500,
     "memory_files": [200, 2000],
 }
 

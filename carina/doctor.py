@@ -23,7 +23,6 @@ FAISS_BUILDS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12")
 
 # Families of transfer syntaxes (PS3.5 section 10 and PS3.6 table A-1), and the plug-in that decodes each one
 CODECS: dict[str, tuple[tuple[str, ...], str]] = {
-    "RLE": (("1.2.840.10008.1.2.5",), "pylibjpeg-rle"),
     "JPEG baseline": (("1.2.840.10008.1.2.4.50",), "pylibjpeg-libjpeg"),
     "JPEG lossless": (("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70"), "pylibjpeg-libjpeg"),
     "JPEG-LS": (("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81"), "pylibjpeg-libjpeg"),
@@ -200,7 +199,10 @@ def _decodable(syntaxes: Iterable[str]) -> bool:
 
 
 def _codecs() -> list[Check]:
-    checks = [Check("DICOM uncompressed", "ok", "read by pydicom itself, deflated and big endian too")]
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import JPEGExtended12Bit
+
+    checks = [Check("DICOM uncompressed", "ok", "read without plug-ins, as are deflated, big endian and RLE")]
     for name, (syntaxes, plugin) in CODECS.items():
         if _decodable(syntaxes):
             checks.append(Check(f"DICOM {name}", "ok", "can be decoded"))
@@ -208,9 +210,12 @@ def _codecs() -> list[Check]:
         mend = "pip install 'carina-cxr[codecs]' (GPL-3.0)" if plugin.endswith("libjpeg") else f"pip install {plugin}"
         about = "cannot be decoded: prepare rejects such files, each with this reason"
         checks.append(Check(f"DICOM {name}", "warn", about, mend))
-    # Pillow, which carina depends on, decodes 8 bits; no plug-in that carina names decodes 12.
-    about = "8 bits can be decoded; files with 12 bits are rejected with this reason: save those in a lossless syntax"
-    return [*checks, Check("DICOM JPEG extended", "ok", about)]
+    # Pillow, which carina depends on, decodes 8 bits; libjpeg alone decodes 12.
+    if "pylibjpeg" in get_decoder(JPEGExtended12Bit).available_plugins:
+        return [*checks, Check("DICOM JPEG extended", "ok", "8 and 12 bits can be decoded")]
+    about = "8 bits can be decoded; files with 12 bits are rejected with this reason"
+    mend = "pip install 'carina-cxr[codecs]' (GPL-3.0)"
+    return [*checks, Check("DICOM JPEG extended", "warn", about, mend)]
 
 
 def _wandb(version: str | None) -> Check:

@@ -42,6 +42,10 @@ _KEPT = (  # the allow-list: nothing else of a header becomes a fact
     "ManufacturerModelName", "Modality", "BodyPartExamined", "BurnedInAnnotation",
 )  # fmt: skip
 _VIEWS = {"POSTERO-ANTERIOR": "PA", "ANTERO-POSTERIOR": "AP", "LEFT LATERAL": "LL", "RIGHT LATERAL": "RL"}
+# The defined terms of PS3.3 C.7.6.3.1.2; whatever else stands there is free text, which is not kept.
+_PHOTOMETRIC = frozenset(
+    ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+)
 _YEARS = {"D": 365.25, "W": 365.25 / 7, "M": 12.0, "Y": 1.0, "": 1.0}
 
 
@@ -252,7 +256,7 @@ def _facts(
         "columns": image.shape[1],
         "spacing": _spacing(header),
         "bits": bits,
-        "photometric": photometric,
+        "photometric": photometric if photometric in _PHOTOMETRIC else "",
         "manufacturer": maker[:64],
         "modality": code(header, "Modality"),
         "body_part": code(header, "BodyPartExamined"),

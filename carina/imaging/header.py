@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import unicodedata
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +89,9 @@ def text(header: Dataset, keyword: str) -> str:
 
 
 def code(header: Dataset, keyword: str) -> str:
-    """A code string: upper case, letters, digits, space and underscore, 32 at most."""
-    return re.sub(r"[^A-Z0-9_]+", " ", text(header, keyword).upper()).strip()[:32]
+    """A code string: upper case without accents, letters, digits, space and underscore, 32 at most."""
+    plain = unicodedata.normalize("NFKD", text(header, keyword)).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Z0-9_]+", " ", plain.upper()).strip()[:32]
 
 
 def stored_range(bits: int, signed: bool) -> tuple[int, int]:

@@ -115,8 +115,8 @@ class Bank:
     """Shapes as rows of GRID x GRID values, each of mean 0 and length 1.
 
     patches: (N, D) letters, turned by up to 24 degrees, mirrored or not. labels: (N,) "L", "R" or "text". aspects: (N,)
-    logarithm of width over height before they were brought to the grid. plated: (N,) bool, in a badge or ring, in which the
-    letter alone might be found too.
+    logarithm of width over height before they were brought to the grid. plated: (N,) bool, in a badge, a ring or on
+    a plate. encloses: (N,) bool, those of them in which the letter might be found alone.
     decoys: (K, D) what is bright and compact and no letter.
     """
 
@@ -124,15 +124,16 @@ class Bank:
     labels: np.ndarray
     aspects: np.ndarray
     plated: np.ndarray
+    encloses: np.ndarray
     decoys: np.ndarray
 
 
 @lru_cache(maxsize=1)
 def bank() -> Bank:
     """All shapes, drawn once."""
-    patches, labels, aspects, plated = [], [], [], []
+    patches, labels, aspects, plated, encloses = [], [], [], [], []
 
-    def add(drawing: np.ndarray, label: str, plate: bool) -> None:
+    def add(drawing: np.ndarray, label: str, plate: bool, around: bool = False) -> None:
         for mirrored in (False, True):
             for angle in range(-24, 25, 8):
                 matrix = cv2.getRotationMatrix2D((_CANVAS / 2, _CANVAS / 2), angle, 1.0)
@@ -143,21 +144,23 @@ def bank() -> Bank:
                 aspects.append(np.log(inner.shape[1] / inner.shape[0]))
                 labels.append(label)
                 plated.append(plate)
+                encloses.append(around)
 
     for letter in _STROKES:
         side = letter in _SERIFS
         for weight, serif in _FACES.get(letter, ((0.13, False), (0.22, False))):
             add(_letter(letter, weight, serif), letter if side else "text", False)
             for length in _TONGUES if side else ():
-                add(_tongue(_letter(letter, weight, serif, 50), length), letter, False)
+                add(_tongue(_letter(letter, weight, serif, 50), length), letter, True, False)
             for kind in _PLATES if side else ():
                 small = _letter(letter, weight, serif, 50 if kind.endswith("wide") else 72)
-                add(_plate(small, kind), letter, True)
+                add(_plate(small, kind), letter, True, True)
     decoys = unit(np.stack([_on_grid(shape) for shape in _decoys()]))
     return Bank(
         unit(np.stack(patches)).astype(np.float32),
         np.array(labels),
         np.array(aspects, np.float32),
         np.array(plated),
+        np.array(encloses),
         decoys.astype(np.float32),
     )

@@ -103,22 +103,23 @@ def _letters(raised: np.ndarray, steep: np.ndarray) -> list[tuple[bool, Marker]]
     plated, other = shapes.plated[best], shapes.labels[best] == "text"
     features = np.stack([np.ones(len(boxes)), alike, alike - unlike, np.log(contrast), plated, other])
     odds = np.array(_WEIGHTS) @ features
-    odds = np.where(plated & (odds < 0), _supported(boxes, shapes.labels[best], odds, plated), odds)
+    encloses = shapes.encloses[best]
+    odds = np.where(encloses & (odds < 0), _supported(boxes, shapes.labels[best], odds, encloses), odds)
     confidence = 1 / (1 + np.exp(-odds))
     return [
-        (bool(plated[k]), Marker(str(shapes.labels[best[k]]), *boxes[k].tolist(), float(confidence[k])))
+        (bool(encloses[k]), Marker(str(shapes.labels[best[k]]), *boxes[k].tolist(), float(confidence[k])))
         for k in np.flatnonzero(odds >= 0)
     ]
 
 
-def _supported(boxes: np.ndarray, labels: np.ndarray, odds: np.ndarray, plated: np.ndarray) -> np.ndarray:
+def _supported(boxes: np.ndarray, labels: np.ndarray, odds: np.ndarray, encloses: np.ndarray) -> np.ndarray:
     """Log odds (N,), those of the surest letter inside where a faint badge or ring of the same letter surrounds it."""
     low, high = boxes[:, :2], boxes[:, 2:]
     center, size = (low + high) / 2, (high - low).max(axis=1)
     inside = ((center[None] > low[:, None]) & (center[None] < high[:, None])).all(axis=2)
     # The letter takes between a third and three quarters of the badge.
     inside &= (size[None] > size[:, None] / 3) & (size[None] < 0.75 * size[:, None])
-    inside &= (labels[None] == labels[:, None]) & ~plated[None] & (odds >= 0)[None] & (odds > _SUPPORTED)[:, None]
+    inside &= (labels[None] == labels[:, None]) & ~encloses[None] & (odds >= 0)[None] & (odds > _SUPPORTED)[:, None]
     return np.maximum(odds, np.where(inside, odds[None], -np.inf).max(axis=1))
 
 
@@ -138,16 +139,18 @@ def _words(raised: np.ndarray, steep: np.ndarray) -> list[tuple[bool, Marker]]:
         for x, y, w, h in chosen:
             for row in rows:
                 lx, ly, lw, lh = row[-1]
-                level_with = abs((y + h / 2) - (ly + lh / 2)) < 0.25 * max(h, lh)
-                if level_with and -1 <= x - lx - lw <= 0.6 * max(h, lh) and max(h, lh) <= 1.35 * min(h, lh) + 1:
+                aligned = abs((y + h / 2) - (ly + lh / 2)) < 0.25 * max(h, lh)
+                # Up to one character may be missing between two.
+                near = -1 <= x - lx - lw <= 1.5 * max(h, lh)
+                if aligned and near and max(h, lh) <= 1.35 * min(h, lh) + 1:
                     row.append(np.array((x, y, w, h)))
                     break
             else:
                 rows.append([np.array((x, y, w, h))])
         for row in rows:
             if len(row) >= 2:
-                all_ = np.array(row)
-                low, top = all_[:, :2].min(axis=0), (all_[:, :2] + all_[:, 2:]).max(axis=0)
+                word = np.array(row)
+                low, top = word[:, :2].min(axis=0), (word[:, :2] + word[:, 2:]).max(axis=0)
                 found.append((True, Marker("text", *low.tolist(), *top.tolist(), 1 - 0.5 ** len(row))))
     return found
 
