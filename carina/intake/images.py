@@ -11,7 +11,6 @@ import cv2
 import numpy as np
 
 from carina.data.encoding import Encoding
-from carina.imaging import markers as lead
 from carina.imaging.dicom import Unreadable, read_radiograph
 from carina.imaging.geometry import Affine, Geometry, resize, resize_mask, resize_scales
 from carina.imaging.lungs import lung_mask
@@ -105,6 +104,8 @@ def _prepare_file(item: Item, settings: Settings) -> Prepared:
         lungs = None
     markers = None
     if settings.markers != "keep":
+        from carina.imaging import markers as lead  # half a second of every process that starts, so only where needed
+
         markers = lead.find_markers(largest, lungs)
         if markers:
             without = lead.inpaint(largest, markers, lungs)
