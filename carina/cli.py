@@ -40,6 +40,8 @@ def _prepare(args, positionals, overrides):
     if args.print:
         from carina.intake.recipe import PrepareRecipe
 
+        if os.path.isfile(os.path.join(positionals[0], "store.json")):
+            return _print_given(positionals, overrides)
         return _print_recipe("prepare", PrepareRecipe, "default", overrides)
     result = prepare(positionals[0], overrides, dry_run=args.dry_run, quiet=args.quiet)
     if "labels_hash" in result and "plan" not in result and not args.json:  # the labels of a store were changed

@@ -73,7 +73,6 @@ def _store(folder: Path) -> dict[str, Any]:
         "lungs": counts["lungs_source"],
         "lungs_implausible": counts["lungs_implausible"],
         "lesions": info["lesions"],
-        "markers": info["markers"],
         "duplicates": counts["duplicates"],
         "encoding": {scale: f"{form['format']}, {form['bits']} bits" for scale, form in info["encoding"].items()},
         "sources": info["sources"],

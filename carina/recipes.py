@@ -65,7 +65,12 @@ def parse_value(text: str, word: str = "") -> Any:
     if not text:
         return ""
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+        if value is None and text.strip() not in ("null", "Null", "NULL", "~"):
+            raise CarinaError(
+                f"all of the value in '{word or text}' reads as a comment; put it in quotes within quotes"
+            )
+        return value
     except yaml.YAMLError:
         raise CarinaError(f"the value in '{word or text}' cannot be read; put it in quotes") from None
 

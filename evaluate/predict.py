@@ -19,7 +19,8 @@ from carina.errors import CarinaError
 from carina.evaluate.explain import heat_maps
 from carina.files import atomic_path, write_table
 from carina.imaging.dicom import Unreadable, list_files, read_radiograph
-from carina.imaging.geometry import Geometry, resize_scales
+from carina.imaging.frames import make_frames
+from carina.imaging.geometry import Geometry
 from carina.imaging.photometry import Photometry
 from carina.isolation import isolated
 from carina.models.backbones import Backbone, load_backbone
@@ -45,9 +46,10 @@ class _Reader:
             radiograph = read_radiograph(path, self.photometry)
         except Unreadable as error:
             return {}, str(error)
-        frames, _ = resize_scales(radiograph.image, self.scales, self.geometry, radiograph.facts.get("spacing"))
+        spacing = radiograph.facts.get("spacing")
+        frames = make_frames(radiograph.image, self.scales, self.photometry, self.geometry, spacing)
         # a store keeps 8 bits unless it is told otherwise
-        return {scale: np.rint(pixels * 255) / np.float32(255) for scale, pixels in frames.items()}, ""
+        return {scale: np.rint(pixels * 255) / np.float32(255) for scale, pixels in frames.images.items()}, ""
 
 
 def read_files(

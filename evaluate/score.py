@@ -238,6 +238,7 @@ def evaluate(runs: str, overrides: Any = (), *, quiet: bool = False) -> dict[str
         "overlap": seen,
         "overlap_sentence": sentence,
         "store_hashes": selection.hashes,
+        "labels_hashes": selection.labels_hashes,
         "resamples": recipe.resamples,
         "table": table,
     }

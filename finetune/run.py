@@ -224,6 +224,7 @@ class _Work:
             "finetune_saw": saw,
             "data": {"images": len(table), "patients": int(table["patient_id"].nunique())},
             "store_hashes": self.selection.hashes,
+            "labels_hashes": self.selection.labels_hashes,
             "seed": recipe.seed,
             "draw": recipe.draw,
             "folds": recipe.folds,

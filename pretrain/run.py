@@ -161,7 +161,7 @@ def corpus_facts(selection: Selection) -> dict[str, Any]:
         "images": len(table),
         "patients": int(table["patient_id"].nunique()),
         "source": by("source"),
-        "origins": {name: origin for name, origin in selection.origins.items() if name in set(table["source"])},
+        "origins": {**{name: {} for name in by("source")}, **selection.origins},
         "view": by("view"),
         "sex": by("sex"),
         "age_median": float(ages.median()) if len(ages) else None,

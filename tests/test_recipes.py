@@ -68,3 +68,9 @@ def test_a_recipe_that_is_not_yaml_names_the_line(tmp_path):
 
 def test_differences_are_dotted():
     assert differences({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 3}, "e": 0}) == ["b.c", "e"]
+
+
+def test_a_value_that_reads_as_a_comment_is_refused():
+    with pytest.raises(CarinaError, match="reads as a comment"):
+        parse_overrides([r"patient_regex=#(\d+)"])
+    assert parse_overrides([r"patient_regex='#(\d+)'", "age=null"]) == {"patient_regex": r"#(\d+)", "age": None}

@@ -9,6 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from carina.imaging.routing import LABELS as ROUTING_LABELS
+
 Uncertain = Literal["ignore", "ones", "zeros"]
 ABNORMAL = "abnormal"
 NO_FINDING = "No_Finding"
@@ -79,6 +81,7 @@ def _key(name: str) -> str:
 
 
 _KNOWN = {_key(other): name for name, others in SYNONYMS.items() for other in (name, *others)}
+_KNOWN |= {_key(name): name for name in ROUTING_LABELS}  # a router is asked for its labels by these very names
 
 
 def harmonize(name: str) -> str:

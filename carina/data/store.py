@@ -95,13 +95,15 @@ def labels_hash(table: pd.DataFrame) -> str:
 
 
 @lru_cache(maxsize=256)
-def _open_stream(path: str) -> pa.Table:
+def _open_stream(path: str, written: int) -> pa.Table:
+    """`written` tells a shard from one that took its place."""
     with pa.memory_map(path) as source:
         return pa.ipc.open_stream(source).read_all()
 
 
 def _shard(folder: Path, kind: str, scale: int, shard: int) -> pa.Table:
-    return _open_stream(str(folder / kind / str(scale) / f"{shard:05d}.arrow"))
+    path = folder / kind / str(scale) / f"{shard:05d}.arrow"
+    return _open_stream(str(path), path.stat().st_mtime_ns)
 
 
 def read_images(folder: Path, table: pd.DataFrame, rows: Sequence[int], scale: int) -> np.ndarray:
@@ -229,6 +231,11 @@ class Selection:
         return [store.info["store_hash"] for store in self.stores]
 
     @property
+    def labels_hashes(self) -> list[str]:
+        """Which version of the labels each store held."""
+        return [store.info["labels_hash"] for store in self.stores]
+
+    @property
     def key_check(self) -> str:
         return self.stores[0].info["key_check"]
 
@@ -336,20 +343,36 @@ def select(
                 "archives that use the same file names under different names with source=NAME"
             )
         table = table.drop_duplicates("image_id", keep="first")
-        check_splits(table, "these stores together")
-    selection = Selection(opened, table[table["split"] != LEFT_OUT])
-    if rows != "all":
-        selection = selection.split(rows)
-        if not len(selection):
-            have = ", ".join(sorted(set(table["split"])))
-            raise CarinaError(
-                f"no row of {first.folder} has split={rows} (it has {have}); give rows= or split= to match"
-            )
+    table = table[table["split"] != LEFT_OUT]
+    selection = Selection(opened, table)
     if where:
         selection = selection.where(_condition(selection.table, where))
         if not len(selection):
             raise CarinaError(f"no row meets where='{where}'; loosen the condition")
+    if len(opened) > 1:
+        _check_together(selection.table)
+    if rows != "all":
+        have = ", ".join(sorted(set(selection.table["split"])))
+        selection = selection.split(rows)
+        if not len(selection):
+            raise CarinaError(
+                f"no row of {first.folder} has split={rows} (it has {have}); give rows= or split= to match"
+            )
     return selection
+
+
+def _check_together(table: pd.DataFrame) -> None:
+    """Raise CarinaError when joined stores put a patient, or the same pixels, into more than one split."""
+    mend = (
+        "prepare them again with official_split=false or without split=: patients are then dealt alike in every store"
+    )
+    for column, what in (("patient_id", "patients"), ("content_hash", "images")):
+        several = int((table.groupby(column)["split"].nunique() > 1).sum())
+        if several:
+            raise CarinaError(
+                f"{several} {what} of these stores together stand in more than one split, so training would see test "
+                + (f"patients; {mend}" if column == "patient_id" else "images; leave one of the copies out with where=")
+            )
 
 
 def _condition(table: pd.DataFrame, where: str) -> np.ndarray:

@@ -57,5 +57,8 @@ def _walk(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
+        if "store.json" in names or "plan.json" in names:  # a store that lies in its source is no part of it
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(parent) / name for name in names if (Path(parent) / name).is_file())

@@ -70,12 +70,15 @@ class Photometry(Choices):
     frames: a file with several frames is refused, or its first frame is taken.
     equalize: ``clahe`` is contrast-limited adaptive histogram equalization (Pizer et al. 1987, Zuiderveld 1994) of the
     finished picture in 256 gray levels, with 8 x 8 tiles and a clip limit of 2.
+    markers: side markers outside the lungs stay, are inpainted, or are clipped to the range of the rest (Kim et al.
+    2022); done on the frame, by `carina.imaging.frames`.
     """
 
     window: Literal["auto", "header", "percentile", "full"] = "auto"
     for_processing: Literal["reject", "log"] = "reject"
     frames: Literal["reject", "first"] = "reject"
     equalize: Literal["none", "clahe"] = "none"
+    markers: Literal["keep", "inpaint", "clip"] = "keep"
 
 
 def equalized(image: np.ndarray, choice: str) -> np.ndarray:

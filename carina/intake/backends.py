@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from multiprocessing import TimeoutError  # what joblib raises; it is not the built-in one
 from typing import Any
 
 from joblib import Parallel, delayed, effective_n_jobs, parallel_config
@@ -17,7 +18,8 @@ from carina.intake.items import Item
 from carina.isolation import hush
 
 CHUNK = 16  # files a worker takes at a time: small enough for a smooth bar, large enough to hide the hand-over
-CHUNK_SECONDS = 600  # after this a decoder is taken to hang, and the files are tried one by one
+CHUNK_SECONDS = 180  # after this a decoder is taken to hang, and the files are tried one by one
+_WAITING = 2**28  # bytes of results that may wait for the one who writes them
 
 
 def _in_our_process(items: Sequence[Item], settings: Settings) -> list[Prepared]:
@@ -30,7 +32,8 @@ class Backend:
 
     name: processes, dask or ray. workers: how many at most; None takes every core, or what the cluster has. cluster: the
     address of a running one; without it one is started on this machine. Results come in the order of the items. A file
-    that takes its worker down costs that file: what is left of the items then goes through one process that is replaced.
+    that takes its worker down, or hangs, costs that file: what is left of the items then goes through one process that is
+    replaced.
     """
 
     def __init__(self, name: str = "processes", workers: int | None = None, cluster: str | None = None):
@@ -54,12 +57,13 @@ class Backend:
     def results(self, items: Sequence[Item], settings: Settings) -> Iterator[Prepared]:
         """One result an item, in order. Memory holds a few chunks, however many items there are."""
         done = 0
+        weight = sum(scale * scale * encoding.bits // 8 for scale, encoding in settings.encodings.items())
         # Many workers get shorter chunks, so that all have work until the end of a shard.
         length = max(1, min(CHUNK, len(items) // (4 * self.workers)))
         if self.workers > 1 and (self.name != "processes" or len(items) > CHUNK):
             chunks = [items[i : i + length] for i in range(0, len(items), length)]
             try:
-                for chunk in self._chunks(chunks, settings):
+                for chunk in self._chunks(chunks, settings, _WAITING // (weight * length)):
                     for result in chunk:
                         yield result
                         done += 1
@@ -69,18 +73,15 @@ class Backend:
         # One file at a time in one process that is replaced when it dies: joblib alone would read in this very one.
         yield from prepare_isolated(items[done:], settings)
 
-    def _chunks(self, chunks: list[Sequence[Item]], settings: Settings) -> Iterator[list[Prepared]]:
-        if self.name != "ray":
-            timeout = CHUNK_SECONDS if self.name == "processes" else None
-            work = _in_our_process if self.name == "processes" else prepare_files
-            parallel = Parallel(n_jobs=self.workers, return_as="generator", timeout=timeout)
-            yield from parallel(delayed(work)(chunk, settings) for chunk in chunks)
-            return
-        # Ray's pool gives back lists alone: short ones, so that memory does not hold a whole shard.
-        for i in range(0, len(chunks), 4 * self.workers):
-            yield from Parallel(n_jobs=self.workers)(
-                delayed(prepare_files)(chunk, settings) for chunk in chunks[i : i + 4 * self.workers]
-            )
+    def _chunks(self, chunks: list[Sequence[Item]], settings: Settings, waiting: int) -> Iterator[list[Prepared]]:
+        """The results of the chunks, of which at most `waiting` (but two a worker) are in work or wait."""
+        work = _in_our_process if self.name == "processes" else prepare_files
+        group = max(2 * self.workers, waiting)
+        for i in range(0, len(chunks), group):
+            # Ray's pool gives back lists alone.
+            form = "list" if self.name == "ray" else "generator"
+            parallel = Parallel(n_jobs=self.workers, return_as=form, timeout=CHUNK_SECONDS)
+            yield from parallel(delayed(work)(chunk, settings) for chunk in chunks[i : i + group])
 
     def _processes(self) -> tuple[int, tuple[type[BaseException], ...]]:
         return self.wanted or effective_n_jobs(-1), (TerminatedWorkerError, TimeoutError)
@@ -102,7 +103,7 @@ class Backend:
             client = self.stack.enter_context(Client(self.stack.enter_context(local)))
         threads = sum(client.nthreads().values())
         self.stack.enter_context(parallel_config(backend="dask"))
-        return threads, (KilledWorker,)
+        return threads, (KilledWorker, TimeoutError)
 
     def _ray(self) -> tuple[int, tuple[type[BaseException], ...]]:
         # Ray reports usage over the network unless it is told not to before it is imported.
@@ -125,4 +126,4 @@ class Backend:
         register_ray()
         cores = int(ray.cluster_resources().get("CPU", 1))
         self.stack.enter_context(parallel_config(backend="ray"))
-        return min(max(2, self.wanted or cores), cores), (ray.exceptions.RayError,)
+        return min(max(2, self.wanted or cores), cores), (ray.exceptions.RayError, TimeoutError)

@@ -23,6 +23,7 @@ def counts(table: pd.DataFrame, rejected: pd.DataFrame, labels: Sequence[str]) -
         "images": len(table),
         "patients": int(table["patient_id"].nunique()),
         "patients_unknown": int(table["patient_id"].str.startswith("file-").sum()),
+        "largest_patient": int(table["patient_id"].value_counts().iloc[0]),
         "split": by("split"),
         "patients_by_split": {k: int(v) for k, v in table.groupby("split")["patient_id"].nunique().items()},
         "source": by("source"),
@@ -61,7 +62,12 @@ def summary(info: dict[str, Any]) -> list[str]:
             f"Warning: for {found['patients_unknown']} images no patient is known, so each counts as a patient of its "
             "own; name a column with patient= or a pattern with patient_regex=, or splits may leak."
         )
-    numbered = [name for name, origin in info["origins"].items() if origin["patients"] == "picture"]
+    if found["images"] >= 100 and found["largest_patient"] > 0.2 * found["images"]:
+        lines.append(
+            f"Warning: one patient has {found['largest_patient']} of the images; if the header's PatientID was replaced by "
+            "one word for all, name a column with patient=."
+        )
+    numbered = [name for name, origin in info["origins"].items() if origin.get("patients") == "picture"]
     if numbered:
         lines.append(
             f"Warning: the patients of {', '.join(numbered)} are not published, each picture counts as one of its own, so "

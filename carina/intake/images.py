@@ -12,8 +12,8 @@ import numpy as np
 
 from carina.data.encoding import Encoding
 from carina.imaging.dicom import Unreadable, read_radiograph
-from carina.imaging.geometry import Affine, Geometry, resize, resize_mask, resize_scales
-from carina.imaging.lungs import lung_mask
+from carina.imaging.frames import make_frames
+from carina.imaging.geometry import Affine, Geometry, resize, resize_mask
 from carina.imaging.photometry import Photometry
 from carina.imaging.routing import Route, by_header, decide
 from carina.intake.duplicates import descriptor
@@ -33,7 +33,6 @@ class Settings:
     photometry: Photometry
     geometry: Geometry
     lungs: bool
-    markers: str
     keep: str
     reject_below: float
     burned_in: str
@@ -80,42 +79,36 @@ def _prepare_file(item: Item, settings: Settings) -> Prepared:
 
     spacing, geometry = facts.get("spacing"), settings.geometry
     masks: dict[str, np.ndarray] = {}
-    lungs_source, plausible = "none", False
     if item.mask:
-        masks["lungs"], lungs_source, plausible = read_mask(item.mask, image.shape), "file", True
+        masks["lungs"] = read_mask(item.mask, image.shape)
     for label, reference in item.lesions.items():
         masks[f"lesion.{label}"] = read_mask(reference, image.shape)
 
     scales = sorted(settings.encodings, reverse=True)
-    frames, affine = resize_scales(image, scales, geometry, spacing)
-    largest = frames[scales[0]]
+    lungs_given = masks.pop("lungs", None)
+    frames = make_frames(
+        image, scales, settings.photometry, geometry, spacing, lungs=lungs_given, find_lungs=settings.lungs
+    )
+    largest = frames.images[scales[0]]
     packed = {
         scale: {name: np.packbits(resize_mask(mask, scale, geometry, spacing)) for name, mask in masks.items()}
         for scale in scales
     }
-    if "lungs" in masks:
-        lungs = np.unpackbits(packed[scales[0]]["lungs"], count=largest.size).reshape(largest.shape).astype(bool)
-    elif settings.lungs:
-        found = lung_mask(largest)
-        lungs, lungs_source, plausible = found.mask, found.source, bool(found.plausible)
-        for scale in scales:
-            packed[scale]["lungs"] = np.packbits(resize_mask(lungs, scale, Geometry("stretch")))
+    for scale in scales:
+        if lungs_given is not None:
+            packed[scale]["lungs"] = np.packbits(resize_mask(lungs_given, scale, geometry, spacing))
+        elif frames.lungs is not None:
+            packed[scale]["lungs"] = np.packbits(resize_mask(frames.lungs, scale, Geometry("stretch")))
+    if lungs_given is not None:
+        lungs_source, plausible = "file", bool(lungs_given.any())
+    elif frames.found is not None:
+        lungs_source, plausible = frames.found.source, bool(frames.found.plausible)
     else:
-        lungs = None
-    markers = None
-    if settings.markers != "keep":
-        from carina.imaging import markers as lead  # half a second of every process that starts, so only where needed
-
-        markers = lead.find_markers(largest, lungs)
-        if markers:
-            without = lead.inpaint(largest, markers, lungs)
-            largest = without if settings.markers == "inpaint" else lead.clip(largest, without)
-            # Whatever was done to the largest scale holds for all: the others are made from it.
-            frames = resize_scales(largest, scales, Geometry("stretch"))[0]
+        lungs_source, plausible = "none", False
 
     result = Prepared(route=route, patient=radiograph.patient, study=radiograph.study)
     for scale, encoding in settings.encodings.items():
-        result.images[scale] = encoding.encode(encoding.quantize(frames[scale]))
+        result.images[scale] = encoding.encode(encoding.quantize(frames.images[scale]))
         result.masks[scale] = {name: bits.tobytes() for name, bits in packed[scale].items()}
     if settings.router is not None:
         side, its_geometry = settings.router
@@ -123,13 +116,13 @@ def _prepare_file(item: Item, settings: Settings) -> Prepared:
     eight = _HASHED.quantize(largest)
     result.facts = {
         **_row_facts(item, facts),
-        "boxes": _boxes(item, image.shape, masks, affine),
+        "boxes": _boxes(item, image.shape, masks, frames.affine),
         "height": image.shape[0],
         "width": image.shape[1],
-        "affine": [float(value) for value in affine],
+        "affine": [float(value) for value in frames.affine],
         "lungs_source": lungs_source,
         "lungs_plausible": plausible,
-        "markers": None if markers is None else [_marker_box(marker, scales[0]) for marker in markers],
+        "markers": None if frames.markers is None else [_marker_box(*found) for found in frames.markers],
         "content_hash": hashlib.blake2b(eight.tobytes(), digest_size=16).hexdigest(),
         "descriptor": descriptor(eight),
     }
@@ -159,7 +152,7 @@ def _boxes(item: Item, shape: tuple[int, ...], masks: dict[str, np.ndarray], aff
     right, down = shape[1] / wide, shape[0] / high
     boxes = [(label, x0 * right, y0 * down, x1 * right, y1 * down, by) for label, x0, y0, x1, y1, by in item.boxes]
     for name, mask in masks.items():
-        if name != "lungs" and mask.any():
+        if mask.any():
             ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
             boxes.append((name.split(".", 1)[1], xs[0], ys[0], xs[-1] + 1, ys[-1] + 1, "mask"))
     ax, bx, ay, by = affine

@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from carina.data.labels import harmonize
 from carina.errors import CarinaError, nearest
 
 Box = tuple[str, float, float, float, float, str]  # label, x0, y0, x1, y1, origin
-VIEWS = {
-    **{"PA": "PA", "AP": "AP", "AP_HORIZONTAL": "AP"},
-    **dict.fromkeys(("LL", "RL", "L", "LATERAL", "XTABLE LATERAL"), "LATERAL"),
-}
+OLDEST = 120  # years; above it a table holds a slip of the pen
 
 _UNKNOWN = -128  # labels are 1, 0, -1 or unknown: a byte each, where float32 would take 776 bytes a row of PadChest
 _VALUES = {1: 1.0, 0: 0.0, -1: -1.0, _UNKNOWN: float("nan")}
@@ -110,9 +108,12 @@ class Item:
     """One picture to prepare, with what its archive says of it. `relative` names it below the source.
 
     source: the archive that the picture belongs to when it is not the recipe's (CXR-LT labels pictures of MIMIC).
-    patients_of: the archive whose numbers the patients have, when it is not `source` (RSNA's are NIH's).
+    patients_of: the archive whose numbers the patients have, "" for the recipe's own: a catalog's name, so that
+    RSNA's patients meet NIH's whatever the recipe calls its source.
     content: an Arrow or Parquet file and the row in it, when the picture is not a file of its own (`read_content`).
-    patient_in_name: found by patient_regex. view: PA, AP, LATERAL or "". sex: F, M or "". age: years.
+    path, content, mask and lesions are absolute, so that workers elsewhere find them; links are not resolved.
+    patient_in_name: found by patient_regex. view: the archive's word, which `carina.imaging.routing.view_of` reads.
+    sex: F, M or "". age: years, by `age_of`.
     year: of the examination, None where the archive shifts its dates. split: train, val, test or "".
     labels: 1 present, 0 absent, -1 uncertain, NaN unknown; every item of a source has the same names.
     original_labels: the archive's own words. boxes: label, x0, y0, x1, y1, origin; pixels, half-open.
@@ -139,3 +140,49 @@ class Item:
     box_frame: tuple[int, int] | None = None
     mask: str | list[str] | None = None
     lesions: dict[str, str] = field(default_factory=dict)
+
+
+def age_of(years: float | None) -> float | None:
+    """Years of life as any source gives them; None where unknown, negative or beyond human age."""
+    return float(years) if years is not None and 0 <= years <= OLDEST else None
+
+
+def label_columns(wanted: Sequence[str] | Mapping[str, str], where: str) -> dict[str, str]:
+    """Label -> the source's own name of it. A list is harmonized, a mapping keeps its names."""
+    if isinstance(wanted, Mapping):
+        return dict(wanted)
+    columns: dict[str, str] = {}
+    for name in wanted:
+        label = harmonize(name)
+        if label in columns:
+            raise CarinaError(
+                f"{where}: labels={columns[label]} and labels={name} both mean {label}; keep one, or name them with "
+                "labels={NAME: COLUMN}"
+            )
+        columns[label] = name
+    return columns
+
+
+def settle_splits(items: Sequence[Item], where: str, mend: str) -> None:
+    """Rows without a split take the given one of their patient where a table names the patient.
+
+    Raises CarinaError, which ends in `mend`, when rows of one patient are given several splits.
+    """
+    given: dict[tuple[str, str], str] = {}
+    several = set()
+    for item in items:
+        patient = item.patient or item.patient_in_name
+        if patient and item.split:
+            who = (item.patients_of or item.source, patient)
+            if given.setdefault(who, item.split) != item.split:
+                several.add(who)
+    if several:
+        raise CarinaError(
+            f"{where}: rows of one patient stand in more than one split ({len(several)} such patients), so training "
+            f"would see test patients; {mend}"
+        )
+    if not given:
+        return
+    for item in items:
+        if item.patient and not item.split:
+            item.split = given.get((item.patients_of or item.source, item.patient), "")

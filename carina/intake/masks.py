@@ -12,6 +12,7 @@ from carina.imaging.header import MAX_PIXELS
 from carina.imaging.photometry import Unreadable
 
 _RUNS = re.compile(r"rle:([1-9]\d{0,4})x([1-9]\d{0,4}):([\d ;]*)")
+_NUMBERS = 16  # the brightest value of a file of label numbers; black and white ones lie far above
 _ASPECT = 0.01  # two sizes of one picture differ by a rounding of a pixel a side
 
 
@@ -25,8 +26,10 @@ def run_lengths(height: int, width: int, runs: list[str]) -> str:
 
 
 def read_mask(reference: str | list[str], shape: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool from a file (brighter than half is set), several files (their union) or run lengths.
+    """(H, W) bool from a file, several files (their union) or run lengths.
 
+    Of a file whose values are small numbers (0, 1, 2 ... 16, as label maps have) every number but 0 is set, else what is
+    brighter than half; a file without any is an empty mask.
     A mask of another size but the aspect of the picture is resized: a pixel is set when at least half of its area
     is. Raises Unreadable, which names no path, for one of another aspect and for one that cannot be read.
     """
@@ -49,6 +52,7 @@ def _from_file(path: str) -> np.ndarray:
             if picture.width * picture.height > MAX_PIXELS:
                 raise Unreadable(f"its mask has {picture.width} x {picture.height} pixels, too many")
             data = cv2.imread(path, cv2.IMREAD_UNCHANGED)
+            lossy = picture.format == "JPEG"
             if data is None:  # GIF in older builds, as in the SCR masks of JSRT
                 data = np.asarray(picture.convert("L"))
     except FileNotFoundError:
@@ -57,9 +61,12 @@ def _from_file(path: str) -> np.ndarray:
         raise Unreadable("its mask cannot be read") from None
     if data.ndim == 3:
         data = data[..., :3].max(axis=2)
-    # Zeros and ones are as common as black and white, and 16 bits may hold either or 0 and 255.
     brightest = data.max(initial=0)
-    return data > (0 if brightest <= 1 else 127 if brightest <= 255 else np.iinfo(data.dtype).max // 2)
+    if brightest <= _NUMBERS and not lossy:  # no numbers survive JPEG, only its noise around black
+        return data > 0
+    # 16 bits may hold 0 and 255 too.
+    deep = np.iinfo(data.dtype).max if np.issubdtype(data.dtype, np.integer) else brightest
+    return data > (127 if brightest <= 255 else deep // 2)
 
 
 def _from_runs(reference: str) -> np.ndarray:

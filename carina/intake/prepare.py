@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections import Counter
@@ -65,7 +66,7 @@ def prepare(source: str, overrides: Any = (), *, dry_run: bool = False, quiet: b
     overrides: ``key=value`` words or a mapping. dry_run: try a few files and tell disk and time, nothing written.
     """
     if (Path(source) / "store.json").is_file():
-        return relabel(Path(source), overrides)
+        return relabel(Path(source), overrides, dry_run=dry_run)
     recipe = build("prepare", PrepareRecipe, "default", overrides)
     provenance = find_provenance(source, recipe)
     recipe.source = recipe.source or provenance["name"]
@@ -126,9 +127,23 @@ def _source_hash(items: list[Item], key: Key) -> str:
     """Keyed, so that the plan on disk tells nothing about file names."""
     digest = hashlib.blake2b(digest_size=16)
     for item in items:
-        said = {**vars(item), "labels": list(item.labels.items()), "content": None, "path": ""}
+        folder = os.path.dirname(item.path)
+        masks = [item.mask] if isinstance(item.mask, str) else item.mask or []
+        said = {
+            **vars(item),
+            # Where the archive lies, and how its path was typed, is no part of what it is.
+            **{"path": "", "content": item.content and item.content[1]},
+            "labels": list(item.labels.items()),
+            "mask": [_beside(mask, folder) for mask in masks],
+            "lesions": {label: _beside(mask, folder) for label, mask in item.lesions.items()},
+        }
         digest.update(json.dumps(said, sort_keys=True, default=float).encode())
     return key.hash("source", digest.hexdigest())
+
+
+def _beside(reference: str, folder: str) -> str:
+    """A mask's path from the picture's folder; run lengths as they are."""
+    return reference if reference.startswith("rle:") else os.path.relpath(reference, folder or ".")
 
 
 def _paths_file(key: Key, hash_: str) -> Path:
@@ -160,7 +175,9 @@ class _Work:
 
     def __init__(self, out: Path, recipe: PrepareRecipe, key: Key, items: list[Item], provenance: dict[str, Any]):
         self.out, self.recipe, self.key, self.items, self.provenance = out, recipe, key, items, provenance
-        self.photometry = Photometry(recipe.window, recipe.for_processing, recipe.frames, recipe.equalize)
+        self.photometry = Photometry(
+            recipe.window, recipe.for_processing, recipe.frames, recipe.equalize, recipe.markers
+        )
         self.geometry = Geometry(recipe.fit)
         self.encodings = encodings_for(recipe.scales, recipe.encoding, recipe.bits, recipe.jpeg_quality)
         self.router = None
@@ -174,7 +191,6 @@ class _Work:
             photometry=self.photometry,
             geometry=self.geometry,
             lungs=recipe.lungs,
-            markers=recipe.markers,
             keep=recipe.keep,
             reject_below=recipe.reject_below,
             burned_in=recipe.burned_in,
@@ -322,10 +338,9 @@ class _Work:
             "encoding": {str(scale): encoding.to_metadata() for scale, encoding in self.encodings.items()},
             "photometry": photometry,
             "geometry": geometry,
-            "markers": self.recipe.markers,
             "synthetic": self.recipe.synthetic,
             "sources": sorted(set(frame["source"])),
-            "origins": {self.recipe.source: self.provenance},
+            "origins": self._origins(sorted(set(frame["source"]))),
             "labels": self.label_columns,
             "abnormal": "derived" if self._derives_abnormal else "given" if ABNORMAL in self.labels else None,
             "lesions": self.lesions,
@@ -342,6 +357,12 @@ class _Work:
         info["bytes"] = folder_size(self.out / "images") + folder_size(self.out / "masks")
         write_json(self.out / "store.json", info)
         return info
+
+    def _origins(self, sources: list[str]) -> dict[str, Any]:
+        """Lineage and terms of this source, and of every other one whose rows it brings along."""
+        own = dict(self.provenance)
+        others = own.pop("others", {})
+        return {**{name: others.get(name, {}) for name in sources}, self.recipe.source: own}
 
     def _without_leaks(self, table: pa.Table, quiet: bool) -> tuple[pa.Table, dict[str, Any]]:
         """The table with its groups of copies, and with splits that keep copies together."""

@@ -24,8 +24,11 @@ from carina.recipes import parse_overrides, validate
 UNKNOWN = "unknown"
 
 
-def relabel(folder: Path, overrides: Any) -> dict[str, Any]:
-    """Add or correct labels of a store from a CSV; returns what changed.
+def relabel(folder: Path, overrides: Any, *, dry_run: bool = False) -> dict[str, Any]:
+    """Add or correct labels of a store from a CSV; returns what changed, or with dry_run what would.
+
+    ``abnormal`` follows from the findings until a CSV states it; from then on, or where a table or a catalog gave it, it
+    changes only when it is stated.
 
     The CSV has `image_id`, or `path` as it stood in the source (then the key is needed, and a column `source` where the
     store has several), and a column a label: 1, 0, -1, ``unknown``, or blank to leave what stands.
@@ -44,12 +47,13 @@ def relabel(folder: Path, overrides: Any) -> dict[str, Any]:
         labels = pd.read_parquet(current).set_index("image_id").loc[table["image_id"]].reset_index(drop=True)
     else:
         labels = table[[c for c in table.columns if c.startswith(LABEL)]].reset_index(drop=True)
-        write_table(current, _version_table(table["image_id"], labels))
     new = _read(Path(recipe.labels))
     rows, missing = _rows(new, table, info, recipe, Path(recipe.labels))
     before = labels.copy()
+    stated_abnormal = False
     for name in [c for c in new.columns if c not in ("image_id", "path", "source")]:
         column = LABEL + (name if LABEL + name in labels else harmonize(name))
+        stated_abnormal |= column == LABEL + ABNORMAL
         if column not in labels:
             labels[column] = np.float32(np.nan)
         values = _values(new[name], recipe.labels)
@@ -57,10 +61,17 @@ def relabel(folder: Path, overrides: Any) -> dict[str, Any]:
         target = values[stated].replace(UNKNOWN, np.nan).to_numpy(np.float32)
         labels.loc[rows[stated], column] = target
     labels = labels.astype(np.float32)
-    if LABEL + ABNORMAL in labels and info.get("abnormal") == "derived" and ABNORMAL not in new.columns:
+    if stated_abnormal:
+        info["abnormal"] = "given"
+    if LABEL + ABNORMAL in labels and info["abnormal"] == "derived":
         plain = {c[len(LABEL) :]: labels[c].to_numpy() for c in labels}
         labels[LABEL + ABNORMAL] = abnormal_from(plain)
-    return _commit(folder, info, table, before, labels, versions, Path(recipe.labels), missing)
+    version = _version(info, table, before, labels, versions[-1]["version"] + 1, Path(recipe.labels), missing)
+    if not dry_run:
+        if not current.exists():
+            write_table(current, _version_table(table["image_id"], before))
+        _commit(folder, info, table, labels, versions, version)
+    return {"store": str(folder), **version}
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -132,45 +143,54 @@ def _with_labels(table: pa.Table, labels: pd.DataFrame) -> pa.Table:
     return pa.table(arrays, schema=schema)
 
 
-def _commit(
-    folder: Path,
+def _version(
     info: dict[str, Any],
     table: pd.DataFrame,
     before: pd.DataFrame,
     labels: pd.DataFrame,
-    versions: list[dict[str, Any]],
+    number: int,
     source: Path,
     missing: int,
 ) -> dict[str, Any]:
-    """The version, then the table, then store.json: killed between them, the same command mends the store."""
+    """What store.json says of a version: how many values of each label it changed."""
     changed = {}
     for column in labels:
         old = before[column].to_numpy() if column in before else np.full(len(labels), np.nan, np.float32)
         new = labels[column].to_numpy()
         changed[column[len(LABEL) :]] = int((~((old == new) | (np.isnan(old) & np.isnan(new)))).sum())
-    added = [c[len(LABEL) :] for c in labels if c not in before]
-    number = versions[-1]["version"] + 1
-    frame = pd.concat([table[[c for c in table.columns if not c.startswith(LABEL)]], labels], axis=1)
-    names = [c[len(LABEL) :] for c in labels]
-    version = {
+    return {
         "version": number,
-        "labels_hash": labels_hash(frame),
+        "labels_hash": labels_hash(pd.concat([table["image_id"], labels], axis=1)),
         "file_hash": hashlib.blake2b(source.read_bytes(), digest_size=16).hexdigest(),
-        "added": added,
-        "changed": changed,
+        "added": [c[len(LABEL) :] for c in labels if c not in before],
+        "changed": {name: count for name, count in changed.items() if count},
         "not_in_store": missing,
     }
-    if not added and not any(changed.values()):
-        return {"store": str(folder), **version, "version": versions[-1]["version"], "nothing_changed": True}
-    write_table(folder / "labels" / f"{number:04d}.parquet", _version_table(table["image_id"], labels))
+
+
+def _commit(
+    folder: Path,
+    info: dict[str, Any],
+    table: pd.DataFrame,
+    labels: pd.DataFrame,
+    versions: list[dict[str, Any]],
+    version: dict[str, Any],
+) -> None:
+    """The version, then the table, then store.json: killed between them, the same command mends the store."""
+    frame = pd.concat([table[[c for c in table.columns if not c.startswith(LABEL)]], labels], axis=1)
+    names = [c[len(LABEL) :] for c in labels]
+    same = not version["added"] and not version["changed"]
+    if not same:
+        write_table(folder / "labels" / f"{version['version']:04d}.parquet", _version_table(table["image_id"], labels))
+        versions = [*versions, version]
+    # Where nothing changes the table is written all the same: it may hold what a stopped command had put there.
     write_store_table(folder, _with_labels(pq.read_table(folder / "table.parquet"), labels))
     info = {
         **info,
         "labels": names,
         "labels_hash": version["labels_hash"],
-        "labels_versions": [*versions, version],
+        "labels_versions": versions,
         "counts": {**info["counts"], **label_counts(frame, names)},
     }
     write_sheet(folder, info, frame, pd.read_parquet(folder / "rejected.parquet"))
     write_json(folder / "store.json", info)
-    return {"store": str(folder), **version}

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 from datasets import Dataset
 
 from carina.data.batches import in_order
+from carina.data.encoding import Encoding
 from carina.data.store import Store, read_images, read_masks, select, unit
 from carina.errors import CarinaError
 from carina.intake import backends
 from carina.intake import images as intake_images
+from carina.intake.items import Item
 from carina.intake.prepare import prepare
 
 STORE_FILES = {"table.parquet", "store.json", "rejected.parquet", "contact.png", "sheet.html"}
@@ -118,6 +121,34 @@ def test_a_decoder_that_dies_costs_one_file(tmp_path, monkeypatch):
         assert info["counts"]["images"] == 39 and info["counts"]["reasons"] == {"its decoder crashed": 1}
 
 
+def test_a_decoder_that_hangs_costs_its_chunk_some_time_and_no_file(monkeypatch):
+    def slow(items, _):
+        import time
+
+        from carina.intake.images import Prepared
+
+        if any(item.relative == "21" for item in items):
+            time.sleep(60)
+        return [Prepared(reason=item.relative) for item in items]
+
+    class Quick:
+        def __init__(self, _):
+            pass
+
+        def __call__(self, item):
+            from carina.intake.images import Prepared
+
+            return Prepared(reason=item.relative)
+
+    monkeypatch.setattr(backends, "_in_our_process", slow)
+    monkeypatch.setattr(backends, "CHUNK_SECONDS", 3)
+    monkeypatch.setattr(intake_images, "_One", Quick)
+    items = [Item(path=str(i), relative=str(i)) for i in range(40)]
+    settings = SimpleNamespace(encodings={32: Encoding()})
+    with backends.Backend("processes", 2) as backend:
+        assert [result.reason for result in backend.results(items, settings)] == [item.relative for item in items]
+
+
 def test_interrupted_and_given_again_it_continues_to_the_same_bytes(tmp_path, monkeypatch):
     from carina.intake import prepare as module
 
@@ -170,6 +201,48 @@ def test_killed_in_the_middle_it_continues(tmp_path):
     assert len(Store(tmp_path / "store")) == 120
 
 
+def test_markers_are_taken_out_of_a_store_and_of_what_a_network_is_fed(tmp_path):
+    from carina.evaluate.predict import read_files
+    from carina.imaging.geometry import Geometry
+    from carina.imaging.phantom import phantom
+    from carina.imaging.photometry import Photometry
+
+    folder, drawn = tmp_path / "images", [phantom(5, i, 0, 0, size=512) for i in range(6)]
+    folder.mkdir()
+    for i, picture in enumerate(drawn):
+        cv2.imwrite(str(folder / f"{i}.png"), np.uint8(np.round(picture.image * 255)))
+    stores = {}
+    for markers in ("keep", "inpaint"):
+        given = {
+            "out": str(tmp_path / markers),
+            "scales": [256],
+            "markers": markers,
+            "workers": 1,
+            "patient_regex": r"\d",
+        }
+        prepare(str(folder), given, quiet=True)
+        stores[markers] = select(str(tmp_path / markers))
+    before, after = (unit(stores[name].images(range(6), 256)) for name in ("keep", "inpaint"))
+    found = stores["inpaint"].table["markers"]
+    assert all(value is None for value in stores["keep"].table["markers"]) and sum(len(boxes) for boxes in found) >= 3
+    for i, boxes in enumerate(found):
+        changed = np.abs(after[i] - before[i]) > 2 / 255
+        for box in boxes:
+            x0, y0, x1, y1 = (box[name] * 256 for name in ("x0", "y0", "x1", "y1"))
+            inside = np.s_[int(y0) - 1 : int(y1) + 2, int(x0) - 1 : int(x1) + 2]
+            assert changed[inside].any(), "a letter is gone"
+            changed[inside] = False
+        assert not changed.any(), "and nothing else"
+    photometry = Photometry.from_dict(stores["inpaint"].photometry)
+    paths = sorted(str(file) for file in folder.glob("*.png"))
+    ((_, fed, _),) = read_files(paths, [256], photometry, Geometry())
+    names = pq.read_table(tmp_path / "inpaint" / "table.parquet")["image_id"].to_pylist()
+    assert len(names) == 6
+    np.testing.assert_allclose(np.sort(fed[256][:, 0].sum(dim=(1, 2))), np.sort(after.sum(axis=(1, 2))), rtol=1e-6)
+    with pytest.raises(CarinaError, match="differ in photometry"):
+        select([str(tmp_path / "keep"), str(tmp_path / "inpaint")])
+
+
 def test_splits_of_a_csv_are_kept_and_labels_checked(tmp_path):
     folder = folder_of(tmp_path)
     table = pd.DataFrame({"path": sorted(p.name for p in folder.glob("*.png"))})
@@ -193,16 +266,24 @@ def test_splits_of_a_csv_are_kept_and_labels_checked(tmp_path):
 def test_stores_join_under_one_key_only(tmp_path):
     folder = folder_of(tmp_path)
     for name in ("a", "b", "c"):
+        for i, file in enumerate(sorted(folder.glob("*.png"))):
+            cv2.imwrite(str(file), radiograph(100 * ord(name) + i))
         key = tmp_path / f"key-{'ab' if name in 'ab' else 'c'}"
         key.write_text(f"a secret of some length {key.name}\n")
         given = {"out": str(tmp_path / name), "scales": [32], "key": str(key), "source": name, "patient_regex": r"p\d"}
         prepare(str(folder), given, quiet=True)
     both = select([str(tmp_path / "a"), str(tmp_path / "b")])
     assert len(both) == 12
-    np.testing.assert_array_equal(both.images([1], 32), both.images([7], 32))
+    np.testing.assert_array_equal(both.images([7], 32), select(str(tmp_path / "b")).images([1], 32))
     assert len(select(str(tmp_path / "a"), where="source == 'a' and height > 50")) == 6
     with pytest.raises(CarinaError, match="different keys"):
         select([str(tmp_path / "a"), str(tmp_path / "c")])
+    key = str(tmp_path / "key-ab")
+    prepare(str(folder), {"out": str(tmp_path / "d"), "scales": [32], "key": key, "source": "d"}, quiet=True)
+    prepare(str(folder), {"out": str(tmp_path / "e"), "scales": [32], "key": key, "source": "e"}, quiet=True)
+    with pytest.raises(CarinaError, match="images of these stores together stand in more than one split"):
+        select([str(tmp_path / "d"), str(tmp_path / "e")])
+    assert len(select([str(tmp_path / "d"), str(tmp_path / "e")], where="source == 'd'")) == 6
     with pytest.raises(CarinaError, match="no row meets"):
         select(str(tmp_path / "a"), where="view == 'PA'")
 

@@ -52,7 +52,8 @@ def test_labels_are_added_and_corrected_and_every_version_is_kept(store, tmp_pat
         after.table[[f"label.{name}" for name in after.labels]],
     )
     again = json.loads(carina("prepare", store, f"labels={new}", "--json").stdout)
-    assert again["nothing_changed"] and again["version"] == 2
+    assert not again["added"] and not again["changed"]
+    assert [v["version"] for v in Store(store).info["labels_versions"]] == [1, 2]
 
 
 def test_rows_can_be_named_by_path_under_the_same_key(phantom_folder, store, tmp_path, carina):
@@ -83,6 +84,38 @@ def test_stopped_half_way_it_says_so_and_the_same_command_mends_it(store, tmp_pa
     monkeypatch.setattr(module, "write_json", real)
     assert module.relabel(store, {"labels": str(new)})["version"] == 2
     np.testing.assert_array_equal(Store(store).table["label.Nodule"][:3], [1, 1, 0])
+
+
+def test_a_dry_run_tells_and_changes_nothing(store, tmp_path):
+    from carina.intake.relabel import relabel
+
+    before = {p: p.read_bytes() for p in store.rglob("*") if p.is_file()}
+    new = write(tmp_path / "new.csv", image_id=Store(store).table["image_id"][:2], Hernia=["1", "0"])
+    assert relabel(store, {"labels": str(new)}, dry_run=True)["changed"] == {"Hernia": 2}
+    assert {p: p.read_bytes() for p in store.rglob("*") if p.is_file()} == before
+
+
+def test_abnormal_follows_the_findings_until_it_is_stated(tmp_path, phantom_folder):
+    from carina.intake.prepare import prepare
+    from carina.intake.relabel import relabel
+
+    table = pd.read_csv(phantom_folder / "labels.csv", dtype=str)[:12]
+    table["path"] = [str(phantom_folder / name) for name in table["path"]]
+    table["No_Finding"], table["Edema"] = "1", "0"
+    table.to_csv(tmp_path / "source.csv", index=False)
+    out = tmp_path / "own"
+    prepare(
+        str(tmp_path / "source.csv"), {"out": str(out), "scales": [32], "labels": ["No_Finding", "Edema"]}, quiet=True
+    )
+    ids = Store(out).table["image_id"]
+    assert (Store(out).table["label.abnormal"] == 0).all()
+    change = {"image_id": ids[:1], "No_Finding": ["0"], "Edema": ["1"]}
+    relabel(out, {"labels": str(write(tmp_path / "a.csv", **change))})
+    assert Store(out).table["label.abnormal"].tolist() == [1] + [0] * (len(ids) - 1)
+    relabel(out, {"labels": str(write(tmp_path / "b.csv", image_id=ids[1:2], Abnormal=["1"]))})
+    assert Store(out).table["label.abnormal"].tolist()[:3] == [1, 1, 0]
+    relabel(out, {"labels": str(write(tmp_path / "c.csv", image_id=ids[2:3], Edema=["1"]))})
+    assert Store(out).table["label.abnormal"].tolist()[:3] == [1, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from carina.errors import CarinaError
-from carina.intake.items import Box, Item, Labels
+from carina.intake.items import Box, Item, Labels, age_of
 
 Allowed = Literal["yes", "no", "ask"]
 
@@ -38,9 +39,10 @@ class Records:
 
     table: ``relative`` (the picture's name in the archive, the same in every layout) and, where known, patient,
     study, view, sex, age, year, split and original (the archive's own label text). labels: as many rows.
-    boxes, masks, lesions: by row number. box_frame: (width, height) that the boxes refer to. found_by: the table's
-    name, for messages. source: the archive that owns the pictures, patients_of: that numbers the patients, when it is
-    another one. raw: the ending of files that are no image files and that `read_content` makes into one.
+    boxes, masks, lesions: by row number. found_by: the table's name, for messages. patients_of: the archive that
+    numbers the patients, when it is another one. box_frame: (width, height) that all boxes refer to. originals: endings
+    of the files whose own pixels the boxes count; a copy with another ending may have another size, so its boxes need
+    copy_frames, (width, height) of the original by row, and are left out without it.
     """
 
     table: pd.DataFrame
@@ -50,9 +52,17 @@ class Records:
     masks: dict[int, str | list[str]] = field(default_factory=dict)
     lesions: dict[int, dict[str, str]] = field(default_factory=dict)
     box_frame: tuple[int, int] | None = None
-    source: str = ""
+    originals: tuple[str, ...] = ()
+    copy_frames: dict[int, tuple[int, int]] = field(default_factory=dict)
     patients_of: str = ""
-    raw: str = ""
+
+    def boxes_of(self, row: int, file: str) -> tuple[Sequence[Box], tuple[int, int] | None]:
+        """The boxes that hold for a row's file, and the frame they refer to (None: the file's own size)."""
+        boxes, frame = self.boxes.get(row, ()), self.box_frame
+        if boxes and self.originals and not file.lower().endswith(self.originals):
+            frame = self.copy_frames.get(row)
+            boxes = boxes if frame else ()
+        return boxes, frame if boxes else None
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,9 @@ class Catalog:
     """One public archive. read: folder -> Records. locate: (folder, relative names) -> paths below the folder.
 
     lineage: the catalogs whose pictures or patients these are. split: the official split in words, "" without one.
-    patients: "table" (named in the tables), "header" (DICOM says) or "picture" (unknown: one each).
+    pictures_of: the catalog whose pictures these are, so that each has one image_id under both names.
+    patients: "table" (named in the tables), "header" (DICOM says) or "picture" (unknown: one each); "table" as well
+    where the folder holds patients_table, which some copies lack.
     layout: what the folder must hold, for messages and docs.
     """
 
@@ -73,11 +85,13 @@ class Catalog:
     locate: Callable[[Path, list[str]], list[str]]
     lineage: tuple[str, ...] = ()
     split: str = ""
+    pictures_of: str = ""
     patients: Literal["table", "header", "picture"] = "table"
+    patients_table: str = ""
 
     def items(self, folder: str | Path, recipe: Any = None) -> list[Item]:
         """Every picture of the tables, also those whose file is missing: prepare counts and lists these."""
-        folder = Path(folder)
+        folder = Path(os.path.abspath(folder))
         if not folder.is_dir():
             raise CarinaError(f"{folder} is not a folder; give the one that holds {self.layout} as {self.name}:FOLDER")
         records = self.read(folder)
@@ -87,21 +101,21 @@ class Catalog:
             records.labels = records.labels.select(wanted, self.name)
         if not getattr(recipe, "official_split", True):
             records.table = records.table.drop(columns="split", errors="ignore")
-        _check_splits(records, self.name)
         places = self.locate(folder, records.table["relative"].tolist())
         if not places:
             raise CarinaError(f"{folder}: {records.found_by} has no rows; download it again from {self.homepage}")
-        return _items(folder, records, places)
+        return _items(folder, records, places, self.pictures_of, records.patients_of or self.pictures_of or self.name)
 
-    def provenance(self) -> dict[str, Any]:
-        """What store.json and the card say of the archive; plain values only."""
+    def provenance(self, folder: str | Path | None = None) -> dict[str, Any]:
+        """What store.json and the card say of the archive, or of the copy in a folder; plain values only."""
+        named = folder is not None and self.patients_table and (Path(folder) / self.patients_table).is_file()
         return {
             "name": self.name,
             "title": self.title,
             "lineage": list(self.lineage),
             "homepage": self.homepage,
             "official_split": bool(self.split),
-            "patients": self.patients,
+            "patients": "table" if named else self.patients,
             "terms": dict(vars(self.terms)),
         }
 
@@ -117,20 +131,9 @@ def _refuse_columns(name: str, recipe: Any) -> None:
         )
 
 
-def _check_splits(records: Records, name: str) -> None:
-    table = records.table
-    if "split" not in table or "patient" not in table:
-        return
-    known = table[(table["split"] != "") & (table["patient"] != "")]
-    several = int((known.groupby("patient")["split"].nunique() > 1).sum())
-    if several:
-        raise CarinaError(
-            f"{name}: {several} patients stand in more than one official split ({records.found_by}), so training would "
-            "see test patients; download the tables again, or give official_split=false"
-        )
-
-
-def _items(folder: Path, records: Records, places: list[str]) -> list[Item]:
+def _items(
+    folder: Path, records: Records, places: list[str], source: str = "", patients_of: str = ""
+) -> list[Item]:
     table, count = records.table, len(records.table)
 
     def column(name: str, default: Any) -> list[Any]:
@@ -159,27 +162,26 @@ def _items(folder: Path, records: Records, places: list[str]) -> list[Item]:
     )
     items = []
     for i, (relative, place, labels, patient, study, view, sex, age, year, split, original) in enumerate(columns):
+        boxes, frame = records.boxes_of(i, place)
         item = Item(
             path=root + place,
             relative=relative,
-            source=records.source,
-            patients_of=records.patients_of,
+            source=source,
+            patients_of=patients_of,
             patient=patient or None,
             study=study or None,
             view=view,
             sex=sex,
-            age=age,
+            age=age_of(age),
             year=year,
             split=split,
             labels=labels,
             original_labels=original,
-            boxes=records.boxes.get(i, ()),
-            box_frame=records.box_frame if i in records.boxes else None,
+            boxes=boxes,
+            box_frame=frame,
             mask=records.masks.get(i),
         )
         if i in records.lesions:
             item.lesions = records.lesions[i]
-        if records.raw and place.upper().endswith(records.raw):
-            item.content = (item.path, 0)
         items.append(item)
     return items

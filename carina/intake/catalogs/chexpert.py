@@ -22,7 +22,6 @@ from carina.intake.catalogs.tables import (
     original_text,
     read_csv,
     sexes,
-    views,
     with_abnormal,
 )
 from carina.intake.items import Labels
@@ -64,14 +63,15 @@ def read(folder: Path) -> Records:
     if place[0].isna().any():
         wrong = table["Path"][place[0].isna()].iloc[0]
         raise CarinaError(f"{folder}: '{wrong}' in column Path is not like train/patient00001/study1/view1_frontal.jpg")
-    lateral = _text(table, "Frontal/Lateral") == "Lateral"
+    side, frontal = _text(table, "AP/PA").str.strip(), _text(table, "Frontal/Lateral")
+    lateral, told = frontal == "Lateral", frontal != ""
     rows = pd.DataFrame(
         {
             "relative": place[0],
             "patient": place[1],
             "study": place[2],
             # A few frontal rows say LL or RL: neither is to be trusted there.
-            "view": views(_text(table, "AP/PA")).replace("LATERAL", "").where(~lateral, "LATERAL"),
+            "view": side.where(side.isin(("AP", "PA")), "FRONTAL").where(~lateral, "LATERAL").where(told, side),
             "sex": sexes(_text(table, "Sex").replace("Unknown", "")),
             "age": ages(_text(table, "Age")).replace(0, np.nan),  # all are adults
             "split": table["split"],

@@ -18,7 +18,7 @@ from carina.errors import CarinaError
 from carina.intake.catalogs.base import Catalog, Records
 from carina.intake.catalogs.mimic import TERMS
 from carina.intake.catalogs.places import by_path
-from carina.intake.catalogs.tables import find_table, read_csv, to_numbers, views, with_abnormal
+from carina.intake.catalogs.tables import find_table, positive_words, read_csv, to_numbers, with_abnormal
 from carina.intake.items import Labels
 
 HOME = "https://physionet.org/content/cxr-lt-iccv-workshop-cvamd/"
@@ -52,12 +52,12 @@ def read(folder: Path) -> Records:
         raise CarinaError(f"{folder}: the tables of CXR-LT need fpath or path, as files/p10/p10000032/s5041/x.jpg")
     rows = pd.DataFrame({"relative": place[0], "patient": place[2], "study": place[3], "split": table["split"]})
     if "ViewPosition" in table:
-        rows["view"] = views(table["ViewPosition"].fillna(""))
+        rows["view"] = table["ViewPosition"].fillna("").str.strip()
     names = [name for name in table.columns if name.lower() not in _OTHER and not name.startswith("Unnamed")]
     values = np.stack([to_numbers(table[name].fillna("")).to_numpy(np.float32) for name in names], axis=1)
-    rows["original"] = _text(names, values)
+    rows["original"] = positive_words(names, values)
     labels: Labels = with_abnormal([harmonize(name) for name in names], values, names)
-    return Records(rows, labels, "its tables", source="mimic")
+    return Records(rows, labels, "its tables")
 
 
 def _tables(folder: Path) -> list[Path | None]:
@@ -73,13 +73,6 @@ def _tables(folder: Path) -> list[Path | None]:
     )
 
 
-def _text(names: list[str], values: np.ndarray) -> list[str]:
-    result = np.full(len(values), "", dtype=object)
-    for i, name in enumerate(names):
-        result[values[:, i] == 1] += name + ";"
-    return [text.rstrip(";") for text in result]
-
-
 CATALOG = Catalog(
     name="cxrlt",
     title="CXR-LT, long-tailed labels for MIMIC-CXR-JPG",
@@ -89,5 +82,6 @@ CATALOG = Catalog(
     read=read,
     locate=by_path("files", "", "*/files", endings=("", ".dcm", ".png")),
     lineage=("mimic",),
+    pictures_of="mimic",
     split="train, development (val) and test tables",
 )

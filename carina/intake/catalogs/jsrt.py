@@ -3,28 +3,26 @@ et al., Medical Image Analysis 2006).
 
 CLNDAT_EN.txt (nodules) and CNNDAT_EN.txt (none) are tables separated by tabs, without a header: file, subtlety, size in
 millimeters, age, sex, x, y, malignant or benign, place, diagnosis; and file, age, sex, "non-nodule". A nodule's box is
-the square of its size (0.175 mm a pixel) around x, y. Pictures are JPCLN001.IMG: 12 bits in big-endian words, dense
-tissue low, so `read_raw` inverts; copies as PNG, TIFF or DICOM are read as they are. SCR: masks/left lung/JPCLN001.gif
-and masks/right lung/ below fold1 and fold2.
+the square of its size (0.175 mm a pixel) around x, y. Pictures are JPCLN001.IMG, which `carina.imaging.pictures` knows;
+copies as PNG, TIFF or DICOM are read as they are. SCR: masks/left lung/JPCLN001.gif and masks/right lung/ below fold1
+and fold2.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 
 from carina.data.labels import ABNORMAL
-from carina.imaging.photometry import Unreadable
 from carina.intake.catalogs.base import Catalog, Records, Terms
 from carina.intake.catalogs.places import by_name
 from carina.intake.catalogs.tables import ages, find_table, need_table, read_csv, sexes, to_numbers
 from carina.intake.items import Labels
 
 HOME = "http://db.jsrt.or.jp/eng.php"
-SIDE, SPACING, TOP = 2048, 0.175, 4095
+SIDE, SPACING = 2048, 0.175
 NODULES = ("file", "subtlety", "size", "age", "sex", "x", "y", "malignant", "place", "diagnosis")
 OTHERS = ("file", "age", "sex", "class")
 NAMES = ("Nodule", "Malignant_Nodule", ABNORMAL)
@@ -55,7 +53,7 @@ def read(folder: Path) -> Records:
     )
     # "Non-nodule" was not called normal.
     values = np.stack([sick, sick & malignant, np.where(sick, 1.0, np.nan)], axis=1).astype(np.float32)
-    records = Records(rows, Labels(NAMES, values), "CLNDAT_EN.txt", box_frame=(SIDE, SIDE), raw=".IMG")
+    records = Records(rows, Labels(NAMES, values), "CLNDAT_EN.txt", box_frame=(SIDE, SIDE))
     x, y, size = (to_numbers(table[name]) for name in ("x", "y", "size"))
     half = size / SPACING / 2
     for row, *box in zip(table.index, x - half, y - half, x + half, y + half):
@@ -66,14 +64,6 @@ def read(folder: Path) -> Records:
         if all(stem in side for side in sides):
             records.masks[row] = [str(side[stem]) for side in sides]
     return records
-
-
-def read_raw(path: str | Path) -> bytes:
-    """A PNG of 16 bits, bright = dense, of an .IMG file of 2048 x 2048 big-endian words of 12 bits."""
-    words = np.fromfile(path, dtype=">u2")
-    if words.size != SIDE * SIDE or words.max(initial=0) > TOP:
-        raise Unreadable("it is not a raw picture of JSRT (2048 x 2048 words of 12 bits)")
-    return cv2.imencode(".png", (TOP - words).astype(np.uint16).reshape(SIDE, SIDE))[1].tobytes()
 
 
 CATALOG = Catalog(

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from carina.intake.catalogs.base import Catalog, Records, Terms
 from carina.intake.catalogs.chexpert import FINDINGS, NUMBERS, mined_labels
 from carina.intake.catalogs.places import by_path
-from carina.intake.catalogs.tables import find_table, need_table, original_text, read_csv, sexes, to_numbers, views
+from carina.intake.catalogs.tables import find_table, need_table, original_text, read_csv, sexes, to_numbers
 
 HOME = "https://physionet.org/content/mimic-cxr-jpg/"
 KEYS = ("subject_id", "study_id")
@@ -47,7 +46,7 @@ def read(folder: Path) -> Records:
             "relative": place(table),
             "patient": table["subject_id"],
             "study": table["study_id"],
-            "view": views(table["ViewPosition"]),
+            "view": table["ViewPosition"].str.strip(),
         }
     )
     splits = find_table(folder, "mimic-cxr-2*-split.csv")
@@ -75,7 +74,7 @@ def _add_patients(rows: pd.DataFrame, table: pd.DataFrame, patients: pd.DataFram
     # Both years are shifted by the same amount for a patient, so their difference is true.
     anchor = table["subject_id"].map(to_numbers(known["anchor_year"]))
     age = table["subject_id"].map(to_numbers(known["anchor_age"])) + to_numbers(table["StudyDate"].str[:4]) - anchor
-    rows["age"] = age.where(age >= 0, np.nan)
+    rows["age"] = age
 
 
 CATALOG = Catalog(

@@ -23,7 +23,6 @@ from carina.intake.catalogs.tables import (
     read_csv,
     sexes,
     to_numbers,
-    views,
     with_abnormal,
 )
 from carina.intake.items import Box
@@ -47,7 +46,7 @@ def read(folder: Path) -> Records:
             "relative": names,
             # The number in the name has leading zeros, the column has none.
             "patient": table["Patient ID"].str.strip().str.lstrip("0"),
-            "view": views(table["View Position"]),
+            "view": table["View Position"].str.strip(),
             "sex": sexes(table[sex]) if sex in table else "",
             "age": ages(table["Patient Age"]),
             "original": table["Finding Labels"],

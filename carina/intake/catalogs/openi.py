@@ -75,8 +75,7 @@ def _kaggle(path: Path, folder: Path) -> Iterator[Report]:
     pictures: dict[str, list[tuple[str, str]]] = {}
     table = read_csv(projections, ("uid", "filename", "projection"))
     for uid, name, projection in zip(table["uid"], table["filename"], table["projection"]):
-        # "Frontal" leaves open whether PA or AP.
-        pictures.setdefault(uid, []).append((name, "LATERAL" if projection == "Lateral" else ""))
+        pictures.setdefault(uid, []).append((name, projection.strip()))
     for uid, text in zip(headings["uid"], headings["MeSH"]):
         yield uid, [term.strip() for term in text.split(";") if term.strip()], pictures.get(uid, [])
 

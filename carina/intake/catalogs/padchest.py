@@ -17,7 +17,7 @@ from carina.data.labels import ABNORMAL, NO_FINDING, harmonize
 from carina.errors import CarinaError
 from carina.intake.catalogs.base import Catalog, Records, Terms
 from carina.intake.catalogs.places import by_name
-from carina.intake.catalogs.tables import add_label, need_table, one_hot, read_csv, sexes, to_numbers, views
+from carina.intake.catalogs.tables import add_label, need_table, one_hot, read_csv, sexes, to_numbers
 from carina.intake.items import Labels
 
 HOME = "https://bimcv.cipf.es/bimcv-projects/padchest/"
@@ -98,9 +98,9 @@ def read(folder: Path) -> Records:
             "relative": table["ImageID"],
             "patient": table["PatientID"],
             "study": table["StudyID"],
-            "view": views(table["Projection"]),
+            "view": table["Projection"].str.strip(),
             "sex": sexes(table["PatientSex_DICOM"]),
-            "age": age.where((age >= 0) & (age <= 120)),
+            "age": age,
             "year": year,
             "original": table["Labels"],
         }

@@ -30,6 +30,7 @@ HOME = (
     "rsna-pneumonia-detection-challenge-2018"
 )
 SIDE = 1024
+MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
 OPACITY, OTHER, NORMAL = "Lung Opacity", "No Lung Opacity / Not Normal", "Normal"
 NAMES = ("Lung_Opacity", "Other_Abnormality", "No_Finding", ABNORMAL)
 
@@ -47,7 +48,7 @@ def read(folder: Path) -> Records:
         info = read_csv(classes, ("patientId", "class")).drop_duplicates("patientId").set_index("patientId")["class"]
         named = info.reindex(images).fillna("")
     rows = pd.DataFrame({"relative": images + ".dcm", "original": named.to_numpy()})
-    mapping = find_table(folder, "pneumonia-challenge-dataset-mappings_2018.json")
+    mapping = find_table(folder, MAPPING)
     if mapping is not None:
         rows["patient"] = _nih_patients(mapping, images)
     known = (named != "").to_numpy()
@@ -100,4 +101,5 @@ CATALOG = Catalog(
     locate=by_name(".dcm", ".png", ".jpg"),
     lineage=("nih14",),
     patients="picture",
+    patients_table=MAPPING,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import pandas as pd
 from carina.data.labels import ABNORMAL, abnormal_from
 from carina.data.splits import split_of
 from carina.errors import CarinaError, nearest
-from carina.intake.items import VIEWS, Labels
+from carina.intake.items import Labels
 
-OLDEST = 120  # years; above it the table holds a slip of the pen
+_AGE = r"^([+-]?\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*([YMWD]?)$"
+_YEARS = {"Y": 1.0, "": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 
 
 def find_table(folder: Path, *names: str) -> Path | None:
@@ -57,20 +59,14 @@ def to_numbers(values: pd.Series) -> pd.Series:
 
 
 def ages(values: pd.Series) -> pd.Series:
-    """Years from 57, 057Y or 006M; NaN where unknown or beyond human age."""
-    parts = values.str.strip().str.extract(r"^(\d+(?:\.\d+)?)\s*([YMWD]?)", expand=True)
-    unit = parts[1].map({"Y": 1.0, "": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25})
-    years = pd.to_numeric(parts[0], errors="coerce") * unit
-    return years.where(years <= OLDEST)
+    """Years from 57, 057Y or 006M; NaN for what is no age. `age_of` says which years a human can have."""
+    parts = values.str.strip().str.extract(_AGE, flags=re.IGNORECASE, expand=True)
+    return pd.to_numeric(parts[0], errors="coerce") * parts[1].str.upper().map(_YEARS)
 
 
 def sexes(values: pd.Series) -> pd.Series:
     first = values.str.strip().str[:1].str.upper()
     return first.where(first.isin(("F", "M")), "")
-
-
-def views(values: pd.Series) -> pd.Series:
-    return values.str.strip().str.upper().map(VIEWS).fillna("")
 
 
 def one_hot(lists: Iterable[list[str]], names: Sequence[str]) -> np.ndarray:
@@ -107,6 +103,15 @@ def original_text(values: pd.DataFrame) -> np.ndarray:
     names = list(values.columns)
     texts = [";".join(f"{name}={code - 1}" for name, code in zip(names, codes[row]) if code < 3) for row in first]
     return np.array(texts, dtype=object)[inverse]
+
+
+def positive_words(names: Sequence[str], values: np.ndarray) -> list[str]:
+    """(N,) texts of the names of the labels that are 1 in values (N, L), ``Edema;Mass``."""
+    result = np.full(len(values), "", dtype=object)
+    for i, name in enumerate(names):
+        result[values[:, i] == 1] += name + ";"
+    seen: dict[str, str] = {}
+    return [seen.setdefault(text, text[:-1]) for text in result]
 
 
 def deal_val(table: pd.DataFrame, share: float = 0.1) -> pd.DataFrame:

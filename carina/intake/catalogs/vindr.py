@@ -5,7 +5,9 @@ Two forms are published. PhysioNet: annotations/image_labels_{train,test}.csv (2
 annotations_{train,test}.csv (boxes). Kaggle: one train.csv (a row a box or "No finding", by reader), no labels for its
 test pictures. Of three readers, two or three make a label 1, none makes it 0, one alone makes it -1: uncertain, so the
 policy "ones" asks for any reader and "zeros" for the majority. Boxes are pixels of the DICOM picture; their origin is
-the reader's number (R1 ... R17), or "consensus" in the test set.
+the reader's number (R1 ... R17), or "consensus" in the test set. Resized copies on Kaggle come with train_meta.csv: rows
+(dim0) and columns (dim1) of every DICOM picture. Without it, boxes of PNG and JPEG copies cannot be placed and are left
+out.
 """
 
 from __future__ import annotations
@@ -30,14 +32,28 @@ CONSENSUS = "consensus"
 def read(folder: Path) -> Records:
     for place in (folder, folder / "annotations"):
         if find_table(place, "image_labels_train.csv", "image_labels_test.csv"):
-            return _physionet(place)
+            return _with_sizes(_physionet(place), folder)
     path = need_table(folder, "vindr", HOME, "train.csv", "annotations/image_labels_train.csv")
     table = read_csv(path, ("image_id", "class_name", "rad_id", *CORNERS))
     votes = pd.crosstab([table["image_id"], table["rad_id"]], table["class_name"]).clip(upper=1)
     readers = votes.groupby(level="image_id")
     values = _agreed(readers.sum(), readers.size())
     rows = pd.DataFrame({"relative": values.index + ".dicom"})
-    return _records(rows, values, [table], path.name)
+    return _with_sizes(_records(rows, values, [table], path.name), folder)
+
+
+def _with_sizes(records: Records, folder: Path) -> Records:
+    """The records with the size of the DICOM picture by row, where the folder says it."""
+    path = find_table(folder, "train_meta.csv")
+    table = None if path is None else read_csv(path)
+    if table is not None and {"image_id", "dim0", "dim1"} <= set(table.columns):
+        sizes = zip(to_numbers(table["dim1"]), to_numbers(table["dim0"]))
+        size_of = {image + ".dicom": size for image, size in zip(table["image_id"], sizes)}
+        for row in records.boxes:
+            wide, high = size_of.get(records.table["relative"].iat[row], (0, 0))
+            if wide > 0 and high > 0:
+                records.copy_frames[row] = (int(wide), int(high))
+    return records
 
 
 def _physionet(folder: Path) -> Records:
@@ -81,7 +97,7 @@ def _records(rows: pd.DataFrame, values: pd.DataFrame, tables: list[pd.DataFrame
     # Readers who say "No finding" or not have judged: where they disagree, `abnormal` is uncertain too.
     nothing = labels.column(NO_FINDING)
     labels = add_label(labels, ABNORMAL, np.where(nothing == -1, -1, 1 - nothing))
-    return Records(rows, labels, found_by, boxes=_boxes(tables, values.index))
+    return Records(rows, labels, found_by, boxes=_boxes(tables, values.index), originals=(".dicom", ".dcm"))
 
 
 def _boxes(tables: list[pd.DataFrame], images: pd.Index) -> dict[int, list[Box]]:
