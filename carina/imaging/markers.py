@@ -220,7 +220,9 @@ def inpaint(image: np.ndarray, markers: Sequence[Marker], lungs: np.ndarray | No
     x0, y0, x1, y1 = _content(image)
     hidden = np.zeros(image.shape, dtype=bool)
     for one in markers:
-        hidden[max(one.y0, y0) : min(one.y1, y1), max(one.x0, x0) : min(one.x1, x1)] = True
+        left, top, right, bottom = max(one.x0, x0), max(one.y0, y0), min(one.x1, x1), min(one.y1, y1)
+        if left < right and top < bottom:  # a slice that ended below 0 would count from the other side
+            hidden[top:bottom, left:right] = True
     if lungs is not None:
         hidden &= ~lungs
     filled = image.copy()

@@ -6,20 +6,22 @@ Only the other columns are read here; a picture is read when its turn comes, by 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from carina.data.labels import harmonize
 from carina.errors import CarinaError, nearest
 from carina.imaging.photometry import Unreadable
-from carina.intake.catalogs.jsrt import read_raw
-from carina.intake.items import VIEWS, Item, Labels
+from carina.intake.catalogs.tables import ages, positive_words
+from carina.intake.items import Item, Labels, age_of, label_columns
 from carina.intake.picture_tables import class_names, image_column, is_text, read_others, read_picture, read_schema
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
@@ -29,10 +31,11 @@ _COLUMNS = ("patient", "study", "view", "sex", "age", "year", "split")
 
 @dataclass(frozen=True)
 class Piece:
-    """One file of a dataset and the split that its place says."""
+    """One file of a dataset, the split that its place says, and its number among the files."""
 
     path: Path
     split: str = ""
+    number: int = 0
 
 
 # Finding the files
@@ -42,7 +45,9 @@ def find_dataset_items(source: str, recipe: Any) -> list[Item]:
     """One item a row. Columns are named by the recipe; labels by a column (0, 1, -1, blank) or by a class.
 
     Without labels= every ClassLabel column, and every list of them, becomes a label a class, under its harmonized name
-    with the class's own name in original_labels. -1 in a ClassLabel is missing, as ``datasets`` has it.
+    with the class's own name in original_labels. -1 in a ClassLabel is missing, as ``datasets`` has it. Items are named
+    by file and row before the picture's own name, so that their order is that of the bytes on disk: a group of rows is
+    read once. official_split=false leaves out the splits that names of files and folders say.
     """
     for key in ("mask", "lesions", "boxes"):
         if getattr(recipe, key, None):
@@ -60,21 +65,18 @@ def find_dataset_items(source: str, recipe: Any) -> list[Item]:
     picked = _picked(source, schema, classes, getattr(recipe, "labels", None))
     needed = sorted({*names.values(), *(column for column, _ in picked.values())})
     items: list[Item] = []
-    for piece in pieces:
+    for number, piece in enumerate(pieces):
         if read_schema(piece.path).names != schema.names:
             raise CarinaError(f"{piece.path} has other columns than {pieces[0].path}; keep one dataset in a folder")
-        items += _items(piece, image, needed, names, classes, picked)
+        split = piece.split if getattr(recipe, "official_split", True) else ""
+        items += _items(replace(piece, number=number, split=split), image, needed, names, classes, picked)
     if not items:
         raise CarinaError(f"{source} has no rows; check the dataset")
-    paths = [item.relative for item in items]
-    if len(set(paths)) < len(paths) or not all(paths):  # names of the rows, where pictures have none of their own
-        for number, item in enumerate(items):
-            item.relative = f"{item.split or 'row'}/{number:09d}"
     return items
 
 
 def _pieces(source: str) -> list[Piece]:
-    path = Path(source)
+    path = Path(os.path.abspath(source))
     if path.is_file():
         return [Piece(path, "")]
     if path.is_dir():
@@ -105,7 +107,9 @@ def _download(name: str) -> list[Piece]:
             "the id, the network and your login"
         ) from None
     return [
-        Piece(Path(file["filename"]), _split(split)) for split, part in dataset.items() for file in part.cache_files
+        Piece(Path(os.path.abspath(file["filename"])), _split(split))
+        for split, part in dataset.items()
+        for file in part.cache_files
     ]
 
 
@@ -138,13 +142,12 @@ def _picked(source: str, schema: pa.Schema, classes: dict[str, list[str]], wante
                 every[label if label not in every else harmonize(f"{column} {name}")] = (column, name)
         return every
     columns = [f.name for f in schema if pa.types.is_boolean(f.type) or pa.types.is_primitive(f.type) or is_text(f)]
-    pairs = wanted if isinstance(wanted, dict) else {name: name for name in wanted}
     result = {}
-    for label, name in pairs.items():
+    for label, name in label_columns(wanted, source).items():
         if name in columns and name not in classes:
             result[label] = (name, "")
         elif name in known:
-            result[label if isinstance(wanted, dict) else harmonize(name)] = known[name]
+            result[label] = known[name]
         else:
             raise CarinaError(
                 f"{source} has no column or class '{name}' (labels=){nearest(name, [*known, *columns])}; its classes "
@@ -167,33 +170,37 @@ def _items(
     table, paths, inside = read_others(piece.path, image, needed)
     count = len(paths)
     text = {key: _texts(table[name]) for key, name in names.items() if key not in ("age", "year")}
-    numbers = {key: _floats(table[name], name, piece.path) for key, name in names.items() if key in ("age", "year")}
+    years = _floats(table[names["year"]], names["year"], piece.path) if "year" in names else np.full(count, np.nan)
+    old = _ages(table[names["age"]], names["age"], piece.path) if "age" in names else np.full(count, np.nan)
     values = [
         _label(table[column], name, classes.get(column, []), column, piece.path) for column, name in picked.values()
     ]
     labels = Labels(list(picked), np.stack(values, axis=1) if values else np.zeros((count, 0)))
     originals = _originals(table, classes, count)
+    if values:
+        words = positive_words([name or column for column, name in picked.values()], np.stack(values, axis=1))
+        originals = [said or word for said, word in zip(originals, words)]
     rows = labels.rows() if values else [{} for _ in range(count)]
     items = []
     for i in range(count):
         own = {key: value[i] for key, value in text.items()}
-        age, year = (numbers[key][i] if key in numbers else np.nan for key in ("age", "year"))
         given = own.get("split", "")
         if given and not _split(given):
             raise CarinaError(f"{piece.path}: column '{names['split']}' holds '{given}'; use train, val or test")
         file = paths[i] or ""
-        outside = file if Path(file).is_absolute() else str(piece.path.parent / file)
+        # The folder of a file elsewhere is this machine's.
+        own_name = os.path.basename(file) if os.path.isabs(file) else os.path.normpath(file).replace(os.sep, "/")
         items.append(
             Item(
-                path=str(piece.path) if inside[i] else outside,
-                relative=Path(file).as_posix() if file else "",
+                path=str(piece.path) if inside[i] else os.path.abspath(piece.path.parent / file),
+                relative=f"{piece.number:05d}/{i:09d}" + (f"/{own_name}" if file else ""),
                 content=(str(piece.path), i) if inside[i] else None,
                 patient=own.get("patient") or None,
                 study=own.get("study") or None,
-                view=VIEWS.get(own.get("view", "").upper(), ""),
+                view=own.get("view", ""),
                 sex=own.get("sex", "")[:1].upper() if own.get("sex", "")[:1].upper() in ("F", "M") else "",
-                age=None if np.isnan(age) else float(age),
-                year=None if np.isnan(year) else int(year),
+                age=age_of(old[i]),
+                year=None if np.isnan(years[i]) else int(years[i]),
                 split=_split(given) or piece.split,
                 labels=rows[i],
                 original_labels=originals[i],
@@ -213,6 +220,17 @@ def _floats(column: pa.ChunkedArray, name: str, path: Path) -> np.ndarray:
         return np.array([np.nan if v in (None, "") else float(v) for v in column.to_pylist()], dtype=np.float64)
     except (TypeError, ValueError):
         raise CarinaError(f"{path}: column '{name}' holds a value that is not a number; leave it blank there") from None
+
+
+def _ages(column: pa.ChunkedArray, name: str, path: Path) -> np.ndarray:
+    texts = pd.Series(_texts(column), dtype=object)
+    years = ages(texts)
+    wrong = texts[(texts != "") & years.isna()]
+    if len(wrong):
+        raise CarinaError(
+            f"{path}: column '{name}' holds '{wrong.iloc[0]}', which is not a number; leave it blank there"
+        )
+    return years.to_numpy(np.float64)
 
 
 def _label(column: pa.ChunkedArray, name: str, classes: list[str], where: str, path: Path) -> np.ndarray:
@@ -253,8 +271,6 @@ def read_content(item: Item) -> bytes:
     """The bytes of the image file that lies in a dataset, for `read_radiograph`. Raises Unreadable."""
     assert item.content is not None
     path, row = item.content
-    if path.upper().endswith(".IMG"):
-        return read_raw(path)
     try:
         value = read_picture(path, row)
     except (pa.ArrowInvalid, OSError, IndexError):

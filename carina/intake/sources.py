@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections import defaultdict
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from carina.data.labels import harmonize
 from carina.data.splits import SPLITS
 from carina.errors import CarinaError, nearest
 from carina.imaging.dicom import list_files
 from carina.intake.catalogs import CATALOGS, find_catalog
+from carina.intake.catalogs.tables import ages, positive_words
 from carina.intake.hub_datasets import find_dataset_items
-from carina.intake.items import VIEWS, Box, Item, Labels
+from carina.intake.items import Box, Item, Labels, age_of, label_columns, settle_splits
 
 COLUMNS = ("patient", "study", "view", "sex", "age", "year", "split", "mask")
 _PREFIX = re.compile(r"([A-Za-z][A-Za-z0-9_-]+):(.*)", re.DOTALL)  # two characters at least: C: is a drive
@@ -27,7 +32,8 @@ def find_items(source: str, recipe: Any) -> list[Item]:
 
     source: a folder, a glob, a CSV with a column `path`, ``CATALOG:FOLDER``, ``hf:DATASET`` (a hub id, a folder that
     save_to_disk wrote, Parquet files) or one Parquet file. Only a hub id touches the network. A file that a table
-    names but that is missing is an item too: reading it says so. Raises CarinaError for what cannot be understood.
+    names but that is missing is an item too: reading it says so. Names do not depend on how the folder was typed; paths
+    are absolute. Raises CarinaError for what cannot be understood, and for patients in two of the splits given.
     """
     kind, place = _kind(source)
     if kind == "hf":
@@ -40,20 +46,38 @@ def find_items(source: str, recipe: Any) -> list[Item]:
         items = _from_files(source, recipe)
     if recipe.patient_regex:
         _patients_from_names(items, recipe.patient_regex)
-    return sorted(items, key=lambda item: item.relative)
+    settle_splits(items, source, _split_mend(kind, recipe))
+    items.sort(key=lambda item: item.relative)
+    twice = sum(a.relative == b.relative for a, b in pairwise(items))
+    if twice:
+        raise CarinaError(f"{source} lists {twice} paths twice; keep one row a file")
+    return items
+
+
+def _split_mend(kind: str, recipe: Any) -> str:
+    if getattr(recipe, "split", None):
+        mend = "give every patient one split, or leave split= out"
+    elif kind == "hf":
+        mend = "give official_split=false"
+    else:
+        mend = "download its tables again, or give official_split=false"
+    return f"{mend}, or a patient_regex= that tells them apart" if recipe.patient_regex else mend
 
 
 def find_provenance(source: str, recipe: Any) -> dict[str, Any]:
     """Where the pictures come from and what their owner allows, as plain values for store.json and the card.
 
     Keys: name, title, lineage (names of the catalogs that the pictures or patients come from), homepage,
-    official_split, patients (table | header | picture: how far they are known) and terms (license, url,
-    redistribution and derived_weights as yes | no | ask, credentialed, clause, citation). Of what is no catalog nothing
-    is known, so everything is "ask".
+    official_split, patients (table | header | picture: how far they are known), terms (license, url, redistribution and
+    derived_weights as yes | no | ask, credentialed, clause, citation) and others (the same, without others, of every
+    catalog whose name items carry as their source). Of what is no catalog nothing is known, so everything is "ask".
     """
     kind, place = _kind(source)
     if kind and kind != "hf":
-        return find_catalog(kind).provenance()
+        catalog = find_catalog(kind)
+        parents = [catalog.pictures_of] if catalog.pictures_of else []
+        others = {name: find_catalog(name).provenance(place) for name in parents}
+        return {**catalog.provenance(place), "others": others}
     name = getattr(recipe, "source", None) or "archive"
     known = any(getattr(recipe, key, None) for key in ("patient", "patient_regex"))
     return {
@@ -72,6 +96,7 @@ def find_provenance(source: str, recipe: Any) -> dict[str, Any]:
             "clause": "Not stated: ask the owner of the pictures before publishing.",
             "citation": "",
         },
+        "others": {},
     }
 
 
@@ -98,8 +123,8 @@ def _from_files(source: str, recipe: Any) -> list[Item]:
     columns = [name for name in (*COLUMNS, "boxes") if getattr(recipe, name, None)]
     if columns or recipe.labels or recipe.lesions:
         raise CarinaError(f"{(columns or ['labels'])[0]}= names a column of a CSV, but {source} is not a CSV file")
-    files = [Path(file) for file in list_files(source)]
-    root = Path(source) if Path(source).is_dir() else _common_root(files)
+    files = [Path(os.path.abspath(file)) for file in list_files(source)]
+    root = Path(os.path.abspath(source)) if Path(source).is_dir() else _common_root(files)
     items = [Item(str(file), file.relative_to(root).as_posix()) for file in files]
     if not items:
         raise CarinaError(f"{source} holds no files that could be images; check the path")
@@ -147,16 +172,15 @@ def _from_csv(path: Path, recipe: Any) -> list[Item]:
             raise CarinaError(f"{path} has no column '{name}' ({key}={name}){nearest(name, table.columns)}")
         return table[name].str.strip()
 
-    names = column("path", "path")
+    folder = os.path.abspath(path.parent)
+    names = [_relative(name, folder) for name in column("path", "path")]
     if not len(table):
         raise CarinaError(f"{path} has no rows; add one a file")
-    if names.duplicated().any():
-        raise CarinaError(f"{path} lists {int(names.duplicated().sum())} paths twice; keep one row a file")
     columns = {key: column(key, getattr(recipe, key, None)) for key in COLUMNS}
-    wanted = recipe.labels if isinstance(recipe.labels, dict) else {name: name for name in recipe.labels}
+    wanted = label_columns(recipe.labels, str(path))
     labels = {label: _label_values(column("labels", name), path, name) for label, name in wanted.items()}
     lesions = {label: column("lesions", name) for label, name in recipe.lesions.items()}
-    ages = None if columns["age"] is None else _numbers(columns["age"], path, recipe.age)
+    old = None if columns["age"] is None else _ages(columns["age"], path, recipe.age)
     years = None if columns["year"] is None else _years(columns["year"], path, recipe.year)
     if columns["split"] is not None:
         wrong = set(columns["split"]) - {*SPLITS, ""}
@@ -164,44 +188,59 @@ def _from_csv(path: Path, recipe: Any) -> list[Item]:
             raise CarinaError(
                 f"{path}: column '{recipe.split}' holds '{sorted(wrong)[0]}'; use train, val, test or leave it blank"
             )
-    if columns["patient"] is not None and columns["split"] is not None:
-        columns["split"] = _split_by_patient(columns["patient"], columns["split"], path)
-    boxes = _boxes(Path(recipe.boxes), set(names)) if getattr(recipe, "boxes", None) else {}
+    boxes = _boxes(Path(recipe.boxes), folder, set(names), wanted) if getattr(recipe, "boxes", None) else {}
     values = [value.to_numpy(np.float32) for value in labels.values()]
     matrix = Labels(list(labels), np.stack(values, axis=1) if values else np.zeros((len(table), 0)))
     texts = {key: [""] * len(table) if value is None else value.tolist() for key, value in columns.items()}
-    folder = path.parent
+    said = positive_words(list(wanted.values()), np.stack(values, axis=1)) if values else [""] * len(table)
     items = []
     for i, (name, row) in enumerate(zip(names, matrix.rows() if values else [{} for _ in names])):
         text = {key: value[i] for key, value in texts.items()}
         items.append(
             Item(
-                path=str(folder / name),
-                relative=Path(name).as_posix(),
+                path=_below(folder, name),
+                relative=name,
                 patient=text["patient"] or None,
                 study=text["study"] or None,
-                view=VIEWS.get(text["view"].upper(), ""),
+                view=text["view"],
                 sex=text["sex"][:1].upper() if text["sex"][:1].upper() in ("F", "M") else "",
-                age=None if ages is None or pd.isna(ages.iloc[i]) else float(ages.iloc[i]),
+                age=None if old is None else age_of(old.iloc[i]),
                 year=None if years is None or pd.isna(years.iloc[i]) else int(years.iloc[i]),
                 split=text["split"],
                 labels=row,
+                original_labels=said[i],
                 boxes=boxes.get(name, ()),
-                mask=str(folder / text["mask"]) if text["mask"] else None,
-                lesions={label: str(folder / value.iloc[i]) for label, value in lesions.items() if value.iloc[i]},
+                mask=_below(folder, text["mask"]) if text["mask"] else None,
+                lesions={label: _below(folder, value.iloc[i]) for label, value in lesions.items() if value.iloc[i]},
             )
         )
     return items
 
 
-def _boxes(path: Path, names: set[str]) -> dict[str, list[Box]]:
-    """The boxes of a second CSV by path: label, x0, y0, x1, y1 (pixels of the original, half-open), origin if given."""
+def _below(folder: str, name: str) -> str:
+    """An absolute path; run lengths of a mask stay as they are."""
+    return name if name.startswith("rle:") else os.path.abspath(os.path.join(folder, name))
+
+
+def _relative(name: str, folder: str) -> str:
+    """One name a file, whether it was written as a.png, ./a.png, b/../a.png or with the folder before it."""
+    whole = _below(folder, name)
+    inside = whole.startswith(folder.rstrip(os.sep) + os.sep)
+    return (os.path.relpath(whole, folder) if inside else os.path.normpath(name)).replace(os.sep, "/")
+
+
+def _boxes(path: Path, folder: str, names: set[str], labels: Iterable[str]) -> dict[str, list[Box]]:
+    """The boxes of a second CSV by path: label, x0, y0, x1, y1 (pixels of the original, half-open), origin if given.
+
+    folder: of the CSV of pictures, below which the paths lie. labels: names that the recipe gave, kept as they are.
+    """
     table = _read_csv(path)
     needed = ("path", "label", "x0", "y0", "x1", "y1")
     for name in needed:
         if name not in table.columns:
             raise CarinaError(f"{path} (boxes=) has no column '{name}'{nearest(name, table.columns)}")
-    strange = set(table["path"]) - names
+    of = [_relative(name, folder) for name in table["path"].str.strip()]
+    strange = set(of) - names
     if strange:
         raise CarinaError(f"{path} (boxes=) has a box for '{min(strange)}', which the CSV of pictures does not list")
     corners = [_numbers(table[name].str.strip(), path, name) for name in needed[2:]]
@@ -210,21 +249,10 @@ def _boxes(path: Path, names: set[str]) -> dict[str, list[Box]]:
         raise CarinaError(f"{path} (boxes=): the box in row {int(flat.argmin()) + 2} is empty; x0 < x1 and y0 < y1")
     origins = table["origin"] if "origin" in table.columns else pd.Series("table", index=table.index)
     boxes = defaultdict(list)
-    for name, label, x0, y0, x1, y1, origin in zip(table["path"], table["label"].str.strip(), *corners, origins):
+    for name, label, x0, y0, x1, y1, origin in zip(of, table["label"].str.strip(), *corners, origins):
+        label = label if label in labels else harmonize(label)
         boxes[name].append((label, float(x0), float(y0), float(x1), float(y1), origin))
     return dict(boxes)
-
-
-def _split_by_patient(patients: pd.Series, splits: pd.Series, path: Path) -> pd.Series:
-    """Every row with the split of its patient's other rows where it has none; a patient in two splits is an error."""
-    known = splits[(splits != "") & (patients != "")].groupby(patients)
-    several = int((known.nunique() > 1).sum())
-    if several:
-        raise CarinaError(
-            f"{path}: {several} patients have rows in more than one split, so training would see test patients; give "
-            "every patient one split, or leave split= out"
-        )
-    return splits.where(splits != "", patients.map(known.first()).fillna(""))
 
 
 def _label_values(values: pd.Series, path: Path, name: str) -> pd.Series:
@@ -244,8 +272,15 @@ def _years(values: pd.Series, path: Path, name: str) -> pd.Series:
     return years
 
 
+def _ages(values: pd.Series, path: Path, name: str) -> pd.Series:
+    return _all_known(values, ages(values), path, name)
+
+
 def _numbers(values: pd.Series, path: Path, name: str) -> pd.Series:
-    numbers = pd.to_numeric(values.replace("", None), errors="coerce")
+    return _all_known(values, pd.to_numeric(values.replace("", None), errors="coerce"), path, name)
+
+
+def _all_known(values: pd.Series, numbers: pd.Series, path: Path, name: str) -> pd.Series:
     wrong = values[(values != "") & (values.str.lower() != "nan") & numbers.isna()]
     if len(wrong):
         raise CarinaError(

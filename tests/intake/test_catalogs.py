@@ -16,10 +16,10 @@ import pytest
 from carina.errors import CarinaError
 from carina.imaging.dicom import read_radiograph
 from carina.imaging.photometry import Photometry, Unreadable
+from carina.imaging.routing import view_of
 from carina.intake.catalogs import CATALOGS, find_catalog
 from carina.intake.catalogs.padchest import parse_labels
 from carina.intake.catalogs.readings import parse_reading
-from carina.intake.hub_datasets import read_content
 from carina.intake.masks import read_mask
 from carina.intake.sources import find_items, find_provenance
 
@@ -77,6 +77,7 @@ def test_nih_rows_become_items(nih):
     items = {item.relative: item for item in find_items(f"nih14:{nih}", recipe())}
     assert len(items) == 6 and items["00000001_000.png"].path.endswith("images_001/images/00000001_000.png")
     one = items["00000004_000.png"]
+    assert {item.patients_of for item in items.values()} == {"nih14"}, "whatever the recipe calls its source"
     assert (one.patient, one.view, one.sex, one.age, one.split) == ("4", "AP", "M", 30.0, "test")
     assert one.boxes == [("Infiltration", 256.0, 512.0, 384.0, 576.0, "radiologist")] and one.box_frame == (1024, 1024)
     assert one.original_labels == "Infiltration" and one.labels["abnormal"] == 1
@@ -118,7 +119,7 @@ def test_mistakes_with_a_catalog_are_sentences(nih, tmp_path_factory):
 def test_patients_in_two_official_splits_are_refused(nih):
     csv_of(nih / "test_list.txt", "00000004_000.png\n00000001_001.png")
     csv_of(nih / "train_val_list.txt", "00000001_000.png\n00000002_000.png\n00000003_000.png\n00000004_001.png")
-    with pytest.raises(CarinaError, match="2 patients stand in more than one official split"):
+    with pytest.raises(CarinaError, match=r"more than one split .2 such.*official_split=false"):
         find_items(f"nih14:{nih}", recipe())
 
 
@@ -173,7 +174,8 @@ def test_mimic_joins_its_four_tables(mimic):
     assert len(items) == 4 and items["aa-1"].relative == "p10/p10000032/s50414267/aa-1.jpg"
     assert Path(items["aa-1"].path).is_file()
     one, two, other, without = (items[name] for name in ("aa-1", "aa-2", "bb-1", "cc-1"))
-    assert (one.view, two.view, other.view, without.view) == ("PA", "LATERAL", "AP", "")
+    assert (one.view, two.view, other.view, without.view) == ("PA", "LATERAL", "AP", "LPO"), "the archive's words"
+    assert view_of(without.view) == ("", False), "an oblique view is neither frontal nor lateral"
     assert (one.split, other.split, without.split) == ("train", "val", "test")
     assert one.labels["Fracture"] == 0 and one.labels["abnormal"] == 0 and one.labels["Support_Devices"] == 1
     assert other.labels["Edema"] == -1 and other.labels["abnormal"] == 1 and np.isnan(other.labels["Fracture"])
@@ -195,10 +197,14 @@ def test_cxrlt_labels_the_pictures_of_mimic(mimic):
     assert set(long) < set(base)
     for name, item in long.items():
         assert (item.path, item.patient, item.source) == (base[name].path, base[name].patient, "mimic")
+        assert item.patients_of == base[name].patients_of == "mimic"
     second = long["p19/p19999987/s55368167/bb-1.jpg"]
     assert second.split == "val" and second.labels["Round_Atelectasis"] == 1 and second.labels["abnormal"] == 1
     assert long["p10/p10000032/s50414267/aa-1.jpg"].labels["No_Finding"] == 1
     assert second.original_labels == "Atelectasis;Round(ed) Atelectasis"
+    said = find_provenance(f"cxrlt:{mimic}", recipe())
+    parent = find_provenance(f"mimic:{mimic}", recipe())
+    assert said["name"] == "cxrlt" and parent.pop("others") == {} and said["others"] == {"mimic": parent}
 
 
 def test_chexpert_valid_is_val_and_the_first_folder_does_not_matter(tmp_path):
@@ -210,7 +216,7 @@ def test_chexpert_valid_is_val_and_the_first_folder_does_not_matter(tmp_path):
         csv_of(tmp_path / f"{split}.csv", f"{head}\n{path},{row}")
         write_png(tmp_path / "CheXpert-v1.0" / path.split("/", 1)[1])
     train, val = find_items(f"chexpert:{tmp_path}", recipe())
-    assert (train.split, train.view, train.sex, train.labels["abnormal"]) == ("train", "", "F", 0)
+    assert (train.split, train.view, train.sex, train.labels["abnormal"]) == ("train", "FRONTAL", "F", 0)
     assert (val.split, val.view, val.relative) == ("val", "LATERAL", "valid/patient00001/study1/view1_frontal.jpg")
     assert Path(train.path).is_file() and Path(val.path).is_file()
 
@@ -230,12 +236,33 @@ def test_vindr_of_physionet_has_a_consensus_test_set(tmp_path):
         tmp_path / "annotations" / "annotations_test.csv",
         "image_id,class_name,x_min,y_min,x_max,y_max\nc,Pleural effusion,1,2,3,4",
     )
-    write_png(tmp_path / "train" / "a.png")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.dicom").touch()
     a, b, c = find_items(f"vindr:{tmp_path}", recipe())
     assert dict(a.labels) == {"No_Finding": 0, "Nodule_Mass": 1, "Effusion": -1, "abnormal": 1}
     assert b.labels["abnormal"] == 0 and c.split == "test" and {a.split, b.split} <= {"train", "val"}
     assert a.boxes == [("Nodule_Mass", 10.5, 20.0, 30.0, 40.25, "R2")] and c.boxes[0][5] == "consensus" and not b.boxes
-    assert a.original_labels == "Nodule/Mass=1;Pleural effusion=-1" and a.path.endswith("train/a.png")
+    assert a.original_labels == "Nodule/Mass=1;Pleural effusion=-1" and a.path.endswith("train/a.dicom")
+    assert a.box_frame is None
+
+
+def test_boxes_of_vindr_hold_for_resized_copies_only_where_their_size_is_known(tmp_path):
+    csv_of(
+        tmp_path / "train.csv",
+        """image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max
+        a,Cardiomegaly,3,R1,100,200,300,400
+        b,Cardiomegaly,3,R1,10,20,30,40
+        b,No finding,14,R2,,,,""",
+    )
+    write_png(tmp_path / "train" / "a.png")
+    write_png(tmp_path / "train" / "b.png")
+    assert [item.boxes for item in find_items(f"vindr:{tmp_path}", recipe())] == [(), ()]
+    csv_of(tmp_path / "train_meta.csv", "image_id,dim0,dim1\na,3000,2000")
+    a, b = find_items(f"vindr:{tmp_path}", recipe())
+    assert a.boxes[0][1:5] == (100, 200, 300, 400) and a.box_frame == (2000, 3000) and not b.boxes
+    (tmp_path / "train" / "a.dicom").touch()
+    a, _ = find_items(f"vindr:{tmp_path}", recipe())
+    assert a.boxes and a.box_frame is None, "the DICOM file knows its own size"
 
 
 def write_dicom(path, pixels, patient):
@@ -273,11 +300,13 @@ def test_rsna_classes_boxes_and_the_patients_of_nih(tmp_path):
     assert dict(opaque.labels) == {"Lung_Opacity": 1, "Other_Abnormality": 0, "No_Finding": 0, "abnormal": 1}
     assert dict(other.labels) == {"Lung_Opacity": 0, "Other_Abnormality": 1, "No_Finding": 0, "abnormal": 1}
     assert [box[1:5] for box in opaque.boxes] == [(10, 20, 40, 60), (500, 20, 530, 60)] and not normal.boxes
-    assert normal.patient is None and not normal.patients_of, "patientId numbers pictures"
+    assert normal.patient is None and normal.patients_of == "rsna", "patientId numbers pictures"
+    assert find_provenance(f"rsna:{tmp_path}", recipe())["patients"] == "picture"
     mapping = [{"subset_img_id": "p2", "img_id": "00000013_005.png", "SOPInstanceUID": "1.2"}]
     (tmp_path / "pneumonia-challenge-dataset-mappings_2018.json").write_text(json.dumps(mapping))
     assert [item.patient for item in find_items(f"rsna:{tmp_path}", recipe())] == [None, "13", None]
     assert find_items(f"rsna:{tmp_path}", recipe())[1].patients_of == "nih14"
+    assert find_provenance(f"rsna:{tmp_path}", recipe())["patients"] == "table"
 
 
 def test_prepare_takes_dicom_and_run_lengths_of_siim(tmp_path, tmp_path_factory):
@@ -394,7 +423,7 @@ def test_forms_of_openi_agree(tmp_path):
     assert dict(normal.labels) == {"Opacity": 0, "No_Finding": 1, "abnormal": 0}
     assert np.isnan(list(forms[0]["CXR11_IM-0067-1001.png"].labels.values())).all()
     assert Path(sick.path).is_file() and Path(forms[1]["CXR1_IM-0001-4001.png"].path).is_file()
-    assert (sick.view, forms[1]["CXR1_IM-0001-4001.png"].view) == ("", "LATERAL")
+    assert (sick.view, forms[1]["CXR1_IM-0001-4001.png"].view) == ("", "Lateral")
     (tmp_path / "xml" / "ecgen-radiology" / "9.xml").write_text("<!DOCTYPE x [<!ENTITY a 'b'>]><x/>")
     with pytest.raises(CarinaError, match="declares XML entities"):
         find_items(f"openi:{tmp_path / 'xml'}", recipe())
@@ -443,15 +472,18 @@ def test_jsrt_reads_raw_pictures_nodules_and_scr_masks(tmp_path):
         and nodule.box_frame == (2048, 2048)
     )
     assert (nodule.sex, nodule.age, nodule.view) == ("M", 53.0, "PA")
-    image = read_radiograph(read_content(nodule), Photometry()).image
+    image = read_radiograph(nodule.path, Photometry()).image
     assert image.shape == (2048, 2048) and image[:, :1000].min() > 0.9 and image[:, 1100:].max() < 0.1
+    whole = read_radiograph(nodule.path, Photometry(window="full")).image  # of 12 bits, not of 16
+    assert whole[0, 0] == pytest.approx(1 - 100 / 4095, abs=1e-3)
+    assert whole[0, -1] == pytest.approx(1 - 4000 / 4095, abs=1e-3)
     lungs = read_mask(nodule.mask, (2048, 2048))
     assert (
         lungs[800, 1400] and lungs[800, 600] and not lungs[100, 1400] and lungs.mean() == pytest.approx(0.45, abs=0.01)
     )
     (tmp_path / "JPCLN001.IMG").write_bytes(b"short")
-    with pytest.raises(Unreadable, match="raw picture of JSRT"):
-        read_content(nodule)
+    with pytest.raises(Unreadable, match="not an image"):
+        read_radiograph(nodule.path, Photometry())
 
 
 def test_padchest_lists_are_parsed_without_running_them(tmp_path):
@@ -473,10 +505,10 @@ def test_padchest_lists_are_parsed_without_running_them(tmp_path):
     write_png(tmp_path / "3" / "b.png")
     a, b, c, d = find_items(f"padchest:{tmp_path}", recipe())
     assert (a.age, a.year, a.view, a.labels["abnormal"]) == (84.0, 2014, "PA", 0)
-    assert (b.sex, b.view, b.path[-7:]) == ("", "AP", "3/b.png")
+    assert (b.sex, b.view, b.path[-7:]) == ("", "AP_horizontal", "3/b.png")
     assert b.labels["Lobar_Atelectasis"] == 1 and b.labels["abnormal"] == 1
     assert np.isnan(c.labels["abnormal"]) and c.labels["Pacemaker"] == 1 and c.age is None
-    assert np.isnan(list(d.labels.values())).all() and d.view == ""
+    assert np.isnan(list(d.labels.values())).all() and view_of(d.view) == ("", None)
 
 
 # Real names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -90,7 +91,7 @@ def stored(request, tmp_path):
 def test_every_row_comes_back_with_its_own_labels_and_pixels(stored):
     source, split = stored
     items = find_items(source, recipe(patient="who", sex="sex", age="age"))
-    assert [item.relative for item in items] == sorted(f"p{i // 2}_{i}.png" for i in range(8))
+    assert [Path(item.relative).name for item in items] == [f"p{i // 2}_{i}.png" for i in range(8)]
     for item in items:
         i = int(item.relative.split("_")[1].split(".")[0])
         truth = next(rows(i, 1))
@@ -120,6 +121,28 @@ def test_columns_and_classes_may_be_picked_and_renamed(stored):
     assert list(find_items(source, recipe(labels=["Effusion", "NORMAL"]))[0].labels) == ["Effusion", "No_Finding"]
 
 
+def test_patients_stand_in_one_split(tmp_path):
+    place = tmp_path / "data"
+    DatasetDict({"train": dataset(0, 5), "test": dataset(5, 3)}).save_to_disk(str(place))  # rows 4 and 5: one patient
+    assert len(find_items(f"hf:{place}", recipe())) == 8, "unknown patients cannot be checked"
+    for given in ({"patient": "who"}, {"patient_regex": r"(p\d+)_"}):
+        with pytest.raises(CarinaError, match=r"more than one split .1 such.*give official_split=false"):
+            find_items(f"hf:{place}", recipe(**given))
+        items = find_items(f"hf:{place}", recipe(**given, official_split=False))
+        assert {item.split for item in items} == {""} and len(items) == 8
+    with pytest.raises(CarinaError, match="leave split= out"):
+        find_items(f"hf:{place}", recipe(patient="sex", split="fold"))
+
+
+def test_the_words_of_a_table_are_kept_and_its_ages_are_human(tmp_path):
+    table = {"image": [png(0), png(1), png(2)], "side": ["Left lateral", "LAO", "PA"], "old": [57.0, 414.0, -1.0]}
+    pd.DataFrame({**table, "Pleural effusion": [1, 0, -1]}).to_parquet(tmp_path / "data.parquet")
+    items = find_items(str(tmp_path / "data.parquet"), recipe(view="side", age="old", labels=["Pleural effusion"]))
+    assert [item.view for item in items] == table["side"] and [item.age for item in items] == [57.0, None, None]
+    assert [item.labels["Effusion"] for item in items] == [1, 0, -1]
+    assert [item.original_labels for item in items] == ["Pleural effusion", "", ""]
+
+
 def test_labels_survive_the_way_into_a_worker(stored):
     item = find_items(stored[0], recipe())[0]
     for other in (pickle.loads(pickle.dumps(item)), copy.deepcopy(item)):
@@ -146,10 +169,10 @@ def test_bytes_paths_and_nothing(tmp_path):
     """Plain tables: a binary column, a column of paths, rows whose picture is missing."""
     pd.DataFrame({"picture": [png(1), png(2)], "who": ["a", "b"]}).to_parquet(tmp_path / "binary.parquet")
     first, second = find_items(str(tmp_path / "binary.parquet"), recipe(patient="who"))
-    assert (first.relative, first.patient) == ("row/000000000", "a") and read_content(second) == png(2)
+    assert (first.relative, first.patient) == ("00000/000000000", "a") and read_content(second) == png(2)
     (tmp_path / "x.png").write_bytes(png(3))
     pd.DataFrame({"path": ["x.png", "sub/y.png"], "year": [2016, None]}).to_parquet(tmp_path / "paths.parquet")
-    missing, there = find_items(str(tmp_path / "paths.parquet"), recipe(year="year"))
+    there, missing = find_items(str(tmp_path / "paths.parquet"), recipe(year="year"))
     assert (
         there.content is None and there.path == str(tmp_path / "x.png") and (there.year, missing.year) == (2016, None)
     )
@@ -244,11 +267,15 @@ def test_a_hub_id_is_read_from_the_cache_that_datasets_made(tmp_path, monkeypatc
     assert all(str(tmp_path / "cache") in item.path for item in items)
 
 
-def test_one_row_group_is_kept_at_a_time(tmp_path):
-    dataset().to_parquet(str(tmp_path / "data.parquet"), batch_size=2)
+def test_pictures_come_in_the_order_of_the_rows_whatever_their_names(tmp_path):
+    """Else a group of rows, which may hold a gigabyte, would be read again for every picture."""
+    data = Dataset.from_list(list(reversed(list(rows(0, 8)))), features=FEATURES)
+    data.to_parquet(str(tmp_path / "data.parquet"), batch_size=2)
     items = find_items(str(tmp_path / "data.parquet"), recipe())
+    assert [item.content[1] for item in items] == list(range(8))
+    assert items[0].relative == "00000/000000000/p3_7.png"
     picture_tables._group.cache_clear()
-    for item in sorted(items, key=lambda item: item.content[1]):
+    for item in items:
         read_content(item)
     seen = picture_tables._group.cache_info()
     assert (seen.misses, seen.hits, seen.currsize) == (4, 4, 1)

@@ -53,6 +53,68 @@ def test_a_csv_brings_years_and_boxes(tmp_path):
     assert (a.labels["Mass"], b.labels["Mass"]) == (1, -1) and np.isnan(c.labels["Mass"])
 
 
+def test_one_file_has_one_name_however_it_is_written(tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    whole = str(tmp_path / "x" / "c.png")
+    source = write(
+        tmp_path / "x" / "labels.csv", path=["./a.png", "b/../b.png", whole, "../y/d.png"], lungs=["m.png"] * 4
+    )
+    box = {"label": ["Pleural Effusion"] * 2, "x0": [1] * 2, "y0": [2] * 2, "x1": [3] * 2, "y1": [4] * 2}
+    boxes = write(tmp_path / "boxes.csv", path=[str(tmp_path / "x" / "a.png"), "c.png"], **box)
+    found = find_items(source, recipe(boxes=boxes, mask="lungs"))
+    assert [item.relative for item in found] == ["../y/d.png", "a.png", "b.png", "c.png"]
+    assert [len(item.boxes) for item in found] == [0, 1, 0, 1] and found[1].boxes[0][0] == "Effusion"
+    assert found[3].path == whole and found[0].path == str(tmp_path / "y" / "d.png")
+    assert {item.mask for item in found} == {str(tmp_path / "x" / "m.png")}
+    monkeypatch.chdir(tmp_path)
+    assert find_items("x/labels.csv", recipe(boxes=boxes, mask="lungs")) == found
+    for twice in (["i0.png", "./i0.png"], ["i0.png", "a/../i0.png"], ["i0.png", whole.replace("c.png", "i0.png")]):
+        with pytest.raises(CarinaError, match="lists 1 paths twice; keep one row a file"):
+            find_items(write(tmp_path / "x" / "twice.csv", path=twice), recipe())
+
+
+def test_every_way_to_type_a_folder_gives_the_same_items(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "x.png").touch()
+    monkeypatch.chdir(tmp_path / "a")
+    ways = [find_items(way, recipe()) for way in (str(tmp_path / "a"), ".", "../a", "../a/b/..")]
+    assert [item.relative for item in ways[0]] == ["b/x.png"] and ways[0][0].path == str(tmp_path / "a" / "b" / "x.png")
+    assert all(way == ways[0] for way in ways)
+
+
+def test_views_keep_their_word_and_ages_are_human(tmp_path):
+    words = ["LAT", "Left lateral", "RAO", "posteroanterior", "AP LLD", ""]
+    ages = ["57", "057Y", "006M", "414", "-3", "nan"]
+    source = write(tmp_path / "labels.csv", path=[f"{i}.png" for i in range(6)], side=words, old=ages)
+    items = find_items(source, recipe(view="side", age="old"))
+    assert [item.view for item in items] == words
+    assert [item.age for item in items] == [57, 57, 0.5, None, None, None]
+    with pytest.raises(CarinaError, match="holds 'young', which is not a number"):
+        find_items(write(tmp_path / "bad.csv", path=["a.png"], old=["young"]), recipe(age="old"))
+
+
+def test_labels_of_a_list_have_the_names_of_the_house(tmp_path):
+    columns = {"No Finding": ["1", "0"], "Pleural Effusion": ["0", "1"], "edema": ["-1", "1"], "chest": ["1", "1"]}
+    source = write(tmp_path / "labels.csv", path=["a.png", "b.png"], Effusion=["", ""], **columns)
+    a, b = find_items(source, recipe(labels=list(columns)))
+    assert dict(a.labels) == {"No_Finding": 1, "Effusion": 0, "Edema": -1, "chest": 1}
+    assert b.original_labels == "Pleural Effusion;edema;chest" and a.original_labels == "No Finding;chest"
+    (a, _) = find_items(source, recipe(labels={"fluid": "Pleural Effusion"}))
+    assert dict(a.labels) == {"fluid": 0}, "a mapping keeps its names"
+    with pytest.raises(CarinaError, match="labels=Effusion and labels=Pleural Effusion both mean Effusion"):
+        find_items(source, recipe(labels=["Effusion", "Pleural Effusion"]))
+
+
+def test_rows_without_a_split_follow_their_patient(tmp_path):
+    table = {"path": ["p1_a.png", "p1_b.png", "p2_a.png"], "who": ["1", "1", "2"]}
+    source = write(tmp_path / "labels.csv", **table, fold=["test", "", ""])
+    assert [item.split for item in find_items(source, recipe(patient="who", split="fold"))] == ["test", "test", ""]
+    source = write(tmp_path / "labels.csv", **table, fold=["test", "train", ""])
+    for known, mend in (({"patient": "who"}, "leave split= out$"), ({"patient_regex": r"(p\d)_"}, "tells them apart$")):
+        with pytest.raises(CarinaError, match=f"more than one split .1 such.*{mend}"):
+            find_items(source, recipe(split="fold", **known))
+
+
 def test_mistakes_in_a_csv_are_sentences(tmp_path):
     source = write(tmp_path / "labels.csv", path=["a.png"], when=["20"], word=["May"])
     corners = {"x0": [1], "y0": [2], "x1": [3], "y1": [4]}
@@ -151,6 +213,18 @@ def test_masks_come_in_many_forms(tmp_path):
     cv2.imwrite(str(tmp_path / "other.png"), disk(64, (50, 50), 8))
     both = read_mask([str(tmp_path / "white.png"), str(tmp_path / "other.png")], (64, 64))
     np.testing.assert_array_equal(both, truth | (disk(64, (50, 50), 8) > 0))
+
+
+def test_every_number_of_a_label_map_is_set_and_black_stays_empty(tmp_path):
+    truth = np.zeros((32, 32), np.uint8)
+    truth[4:20, 4:10], truth[4:20, 20:26] = 1, 2
+    for name, pixels in (("map.png", truth), ("deep.png", np.uint16(truth * 5))):
+        cv2.imwrite(str(tmp_path / name), pixels)
+        np.testing.assert_array_equal(read_mask(str(tmp_path / name), (32, 32)), truth > 0, err_msg=name)
+    cv2.imwrite(str(tmp_path / "black.png"), truth * 0)
+    cv2.imwrite(str(tmp_path / "dark.jpg"), truth, [cv2.IMWRITE_JPEG_QUALITY, 95])
+    assert not read_mask(str(tmp_path / "black.png"), (32, 32)).any()
+    assert not read_mask(str(tmp_path / "dark.jpg"), (32, 32)).any(), "noise of the compression is no label"
 
 
 def test_masks_that_cannot_be_used_are_refused_without_their_path(tmp_path):

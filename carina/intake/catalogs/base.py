@@ -131,9 +131,7 @@ def _refuse_columns(name: str, recipe: Any) -> None:
         )
 
 
-def _items(
-    folder: Path, records: Records, places: list[str], source: str = "", patients_of: str = ""
-) -> list[Item]:
+def _items(folder: Path, records: Records, places: list[str], source: str = "", patients_of: str = "") -> list[Item]:
     table, count = records.table, len(records.table)
 
     def column(name: str, default: Any) -> list[Any]:

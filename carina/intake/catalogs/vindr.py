@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from carina.data.labels import ABNORMAL, NO_FINDING, harmonize
+from carina.errors import CarinaError
 from carina.intake.catalogs.base import Catalog, Records, Terms
 from carina.intake.catalogs.places import by_name
 from carina.intake.catalogs.tables import add_label, deal_val, find_table, need_table, read_csv, to_numbers
@@ -94,6 +95,8 @@ def _records(rows: pd.DataFrame, values: pd.DataFrame, tables: list[pd.DataFrame
         original[stated] += column + values[column][stated].map({1.0: "=1;", -1.0: "=-1;"})
     rows["original"] = original.str.rstrip(";").to_numpy()
     labels = Labels(names, values.to_numpy(np.float32), list(values.columns))
+    if NO_FINDING not in labels.names:
+        raise CarinaError(f"{found_by} of vindr has no picture with 'No finding'; is it the table that was published?")
     # Readers who say "No finding" or not have judged: where they disagree, `abnormal` is uncertain too.
     nothing = labels.column(NO_FINDING)
     labels = add_label(labels, ABNORMAL, np.where(nothing == -1, -1, 1 - nothing))
