@@ -67,7 +67,7 @@ def test_a_store_of_another_schema_version(carina, phantom_store, tmp_path):
     info = json.loads((store / "store.json").read_text())
     (store / "store.json").write_text(json.dumps({**info, "schema_version": 99}))
     told = carina("pretrain", "debug/moco", f"store={store}", f"out={tmp_path / 'run'}", code=2).stderr
-    assert "schema version 99, this carina reads version 1" in told and not (tmp_path / "run").exists()
+    assert "schema version 99, this carina reads version 2" in told and not (tmp_path / "run").exists()
 
 
 def test_a_scale_the_store_lacks(carina, phantom_store, tmp_path):

@@ -36,7 +36,7 @@ def test_it_ends_with_pretrained_beside_random_and_frozen_beside_full(small):
 def test_what_it_points_to_is_there(small):
     out, result = small
     words = quickstart.closing_words(result, out)
-    for path in (out / "store" / "contact.png", out / "published" / "README.md"):
+    for path in (out / "store" / "sheet.html", out / "published" / "README.md"):
         assert path.is_file() and str(path) in words
     assert result["report"] in words and "synthetic" in Path(result["report"]).read_text()
 

@@ -51,8 +51,14 @@ def relabel(folder: Path, overrides: Any, *, dry_run: bool = False) -> dict[str,
     rows, missing = _rows(new, table, info, recipe, Path(recipe.labels))
     before = labels.copy()
     stated_abnormal = False
-    for name in [c for c in new.columns if c not in ("image_id", "path", "source")]:
-        column = LABEL + (name if LABEL + name in labels else harmonize(name))
+    columns = {
+        name: LABEL + (name if LABEL + name in labels else harmonize(name))
+        for name in new.columns
+        if name not in ("image_id", "path", "source")
+    }
+    if len(set(columns.values())) < len(columns):
+        raise CarinaError(f"{recipe.labels} has two columns for one label ({', '.join(columns)}); keep one of them")
+    for name, column in columns.items():
         stated_abnormal |= column == LABEL + ABNORMAL
         if column not in labels:
             labels[column] = np.float32(np.nan)
