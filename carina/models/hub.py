@@ -29,8 +29,8 @@ def _counts(values: Mapping[str, int]) -> str:
 
 def _terms(name: str, origin: Mapping[str, Any]) -> str:
     """What the owners of a source allow, a line of a list."""
-    terms = origin.get("terms")
-    if not terms:
+    terms = origin.get("terms") or {}
+    if not terms.get("license"):
         return f"  * {name}: upstream terms are not known to carina; the publisher must check them."
     weights = {"yes": "may be published", "no": "may not be published", "ask": "only with the owners' consent"}
     parents = f"; drawn from {', '.join(origin['lineage'])}" if origin.get("lineage") else ""

@@ -71,3 +71,19 @@ def test_a_changed_file_is_noticed(pretrained, tmp_path):
     (out / "config.json").write_text("{}")
     with pytest.raises(CarinaError, match=r"config.json in .* is not what was published"):
         verify(out)
+
+
+def test_the_card_says_what_the_owners_of_each_source_allow(pretrained):
+    from carina.files import read_json
+    from carina.intake.sources import find_provenance
+    from carina.models.backbones import load_backbone
+    from carina.models.hub import backbone_card
+
+    record = read_json(pretrained / "backbone" / "carina.json")
+    nothing = SimpleNamespace()
+    origins = {"cxrlt": find_provenance("cxrlt:.", nothing), "mimic": {}, "own": find_provenance("folder", nothing)}
+    record["data"]["origins"] = origins
+    card = backbone_card(load_backbone(str(pretrained)), record)
+    line = next(line for line in card.splitlines() if line.strip().startswith("* cxrlt:"))
+    assert "drawn from mimic" in line and origins["cxrlt"]["terms"]["license"] in line and "consent" in line
+    assert card.count("upstream terms are not known to carina") == 2
