@@ -23,7 +23,8 @@ class Frames:
     """images: scale -> (S, S) float32 in [0, 1]. affine: as of `resize_scales`.
 
     lungs: (L, L) bool at the largest scale, None where none were given or asked for. found: how they were found, None
-    where they were given. markers: fractions of the frame, None where none were looked for.
+    where they were given. markers: each with the side of the frame that its pixels count in, None where none were looked
+    for.
     """
 
     images: dict[int, np.ndarray]

@@ -91,12 +91,11 @@ def prepare(source: str, overrides: Any = (), *, dry_run: bool = False, quiet: b
             return {**done, "store": str(out), "paths": str(_paths_file(key, done["store_hash"]))}
         raise CarinaError(f"{out} already holds another store; choose another out=")
     continued = _check_out(out, plan)
+    work.sweep()
     with Backend(recipe.backend, recipe.workers, recipe.cluster) as backend:
         if continued:
             say(f"Continuing the unfinished store at {out}.")
-            work.sweep()
         else:
-            work.sweep()
             if len(items) >= WORTH_IT:
                 check_disk(out, work.estimate(backend, say)["bytes"])
             with disk_errors(out):
