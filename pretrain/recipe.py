@@ -8,14 +8,38 @@ from pydantic import Field
 
 from carina.imaging.views import ViewSettings
 from carina.pretrain.pretexts.anatpaste import AnatPasteSettings
+from carina.pretrain.pretexts.barlow import BarlowTwinsSettings
+from carina.pretrain.pretexts.byol import BYOLSettings
+from carina.pretrain.pretexts.cutpaste import CutPasteSettings
+from carina.pretrain.pretexts.dino import DINOSettings
+from carina.pretrain.pretexts.dinov2 import DINOv2Settings
+from carina.pretrain.pretexts.mae import MAESettings
 from carina.pretrain.pretexts.moco import MoCoSettings
+from carina.pretrain.pretexts.mocov3 import MoCoV3Settings
+from carina.pretrain.pretexts.patches import PatchContrastSettings
+from carina.pretrain.pretexts.simclr import SimCLRSettings
+from carina.pretrain.pretexts.simmim import SimMIMSettings
+from carina.pretrain.pretexts.swav import SwAVSettings
+from carina.pretrain.pretexts.vicreg import VICRegSettings
 from carina.recipes import Section
 from carina.training.engine import TrainingSettings
 
 
 class PretextSettings(Section):
+    simclr: SimCLRSettings
     moco: MoCoSettings
+    mae: MAESettings
+    dino: DINOSettings
+    swav: SwAVSettings
+    byol: BYOLSettings
+    barlow: BarlowTwinsSettings
+    vicreg: VICRegSettings
+    mocov3: MoCoV3Settings
+    simmim: SimMIMSettings
+    dinov2: DINOv2Settings
     anatpaste: AnatPasteSettings
+    cutpaste: CutPasteSettings
+    patches: PatchContrastSettings
 
     def weights(self) -> dict[str, float]:
         """The pretexts in use and their weights."""

@@ -17,7 +17,7 @@ from carina.errors import CarinaError
 from carina.models.backbones import EXTERNAL, Backbone, backbone_record, load_backbone
 from carina.models.checkpoints import write_backbone
 from carina.models.hub import backbone_card
-from carina.pretrain.pretexts import Corpus, methods
+from carina.pretrain.pretexts import Corpus, Pretext, method
 from carina.pretrain.recipe import PretrainRecipe
 from carina.recipes import build
 from carina.runs import Run
@@ -27,7 +27,7 @@ from carina.training.engine import Engine, Task, resolved
 class Pretraining(Task):
     """Weighted pretexts on one backbone."""
 
-    def __init__(self, backbone: Backbone, weights: dict[str, float], pretexts: dict[str, nn.Module]):
+    def __init__(self, backbone: Backbone, weights: dict[str, float], pretexts: dict[str, Pretext]):
         super().__init__()
         self.backbone = backbone
         self.weights = weights
@@ -64,9 +64,9 @@ def build_task(recipe: PretrainRecipe, selection: Selection, world: int) -> Pret
         size=recipe.size,
         views=recipe.views,
         seed=recipe.seed,
+        steps=recipe.total_steps(len(selection)),
     )
-    table = methods()
-    pretexts = {name: table[name](backbone, getattr(recipe.pretexts, name), corpus) for name in weights}
+    pretexts = {name: method(name)(backbone, getattr(recipe.pretexts, name), corpus) for name in weights}
     return Pretraining(backbone, weights, pretexts)
 
 

@@ -24,9 +24,11 @@ from carina.errors import CarinaError
 class Batch:
     """What a task's loss is given.
 
-    images: (B, 1, S, S) float32 in [0, 1]. masks: (B, 1, S, S) bool, the lungs, or None. groups: name -> (B,) int64
-    codes of image, study and patient. targets: (B, L) float32, NaN where unknown, or None. draws: the samples' own
-    random streams. key: changes with every micro-batch, for choices that concern the batch as a whole.
+    images: (B, 1, S, S) float32 in [0, 1]. others: alike, the second image of each positive pair: another one of the
+    study or patient where `positives` asks for it and there is one, else the image itself. masks: (B, 1, S, S) bool, the
+    lungs, or None. groups: name -> (B,) int64 codes of image, study and patient. targets: (B, L) float32, NaN where
+    unknown, or None. draws: the samples' own random streams. key: changes with every micro-batch, for choices that
+    concern the batch as a whole.
     """
 
     images: torch.Tensor
@@ -36,6 +38,11 @@ class Batch:
     draws: Draws
     scale: int
     key: tuple[int, ...]
+    others: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if self.others is None:
+            self.others = self.images
 
 
 @lru_cache(maxsize=2)

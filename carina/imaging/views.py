@@ -26,6 +26,16 @@ class ViewSettings(Section):
     blur: Annotated[float, Field(ge=0, le=0.1)]
 
 
+class CropSettings(Section):
+    """Multi-crop: two global views and `locals` small ones, each a share of the area; a local view's side is the share
+    `local_size` of the global one's."""
+
+    global_area: tuple[Fraction, Fraction]
+    local_area: tuple[Fraction, Fraction]
+    locals: Annotated[int, Field(ge=0)]
+    local_size: Annotated[float, Field(gt=0, le=1)]
+
+
 def _tensor(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).to(like.device, dtype=torch.float32)
 
@@ -90,3 +100,25 @@ def jitter(images: torch.Tensor, draws: Draws, strength: float) -> torch.Tensor:
     images = (images * brightness).clamp(0, 1)
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     return ((images - mean) * contrast + mean).clamp(0, 1)
+
+
+def multi_crop(
+    images: torch.Tensor,
+    others: torch.Tensor,
+    draws: Draws,
+    settings: ViewSettings,
+    crops: CropSettings,
+    size: int,
+    multiple: int = 1,
+) -> list[torch.Tensor]:
+    """Two global views (B, 1, size, size), of `images` and of `others`, then the local ones, taken from both in turn.
+
+    multiple: a local view's side is rounded to a multiple of this (a transformer's patch).
+    """
+    whole = settings.model_copy(update={"area": crops.global_area})
+    part = settings.model_copy(update={"area": crops.local_area})
+    side = max(multiple, round(crops.local_size * size / multiple) * multiple)
+    pair = (images, others)
+    return [make_view(pair[number], draws.part(f"global {number}"), whole, size) for number in range(2)] + [
+        make_view(pair[number % 2], draws.part(f"local {number}"), part, side) for number in range(crops.locals)
+    ]

@@ -72,6 +72,27 @@ class Backbone(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network(self.normalize(images))
 
+    def maps(self, images: torch.Tensor) -> torch.Tensor:
+        """Features before pooling (B, D, h, w): a transformer's patch tokens at their places, a CNN's last map."""
+        features = self.network.forward_features(self.normalize(images))
+        if features.ndim == 3:  # tokens of a ViT, class and register tokens first
+            features = features[:, getattr(self.network, "num_prefix_tokens", 0) :].transpose(1, 2)
+            side = round(features.shape[-1] ** 0.5)
+            return features.unflatten(2, (side, side))
+        return features.permute(0, 3, 1, 2) if getattr(self.network, "output_fmt", "NCHW") == "NHWC" else features
+
+    @property
+    def family(self) -> str:
+        """`vit` (a plain vision transformer of timm), `swin`, or `cnn` (everything else with a spatial map)."""
+        kinds = {timm.models.VisionTransformer: "vit", timm.models.SwinTransformer: "swin"}
+        return next((name for kind, name in kinds.items() if isinstance(self.network, kind)), "cnn")
+
+    @property
+    def patch(self) -> int:
+        """Side in pixels of what an input's side must be a multiple of: a transformer's patch, 1 for CNNs."""
+        embed = getattr(self.network, "patch_embed", None)
+        return int(embed.patch_size[0]) if embed is not None and hasattr(embed, "patch_size") else 1
+
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Pooled features (B, D) of images resized to the network's own size."""
         return self(resize_images(images, self.spec.size))

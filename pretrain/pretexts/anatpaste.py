@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from carina.data.batches import Batch
 from carina.models.backbones import Backbone, resize_images
 from carina.models.pasting import PastingHead, PastingSettings, pasting_loss, pasting_views
-from carina.pretrain.pretexts import Corpus
+from carina.pretrain.pretexts import Corpus, Pretext
 
 
 class AnatPasteSettings(PastingSettings):
@@ -16,14 +15,14 @@ class AnatPasteSettings(PastingSettings):
     batch_norm: bool
 
 
-class AnatPaste(nn.Module):
+class AnatPaste(Pretext):
     needs_masks = True
+    mixes_batch = False
     healthy = "the loss falls from 0.69 (a coin toss) towards 0.1-0.4 and accuracy climbs above 0.8"
 
     def __init__(self, backbone: Backbone, settings: AnatPasteSettings, corpus: Corpus):
-        super().__init__()
+        super().__init__(backbone, settings, corpus)
         self.head = PastingHead(backbone.dimension, settings, corpus.seed, settings.batch_norm)
-        self.corpus = corpus
 
     def views(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         """The image and its pasted twin; whole images, because pasting needs lungs where the mask says they are."""
@@ -33,6 +32,3 @@ class AnatPaste(nn.Module):
 
     def loss(self, backbone: Backbone, views: tuple[torch.Tensor, ...], batch: Batch) -> dict[str, torch.Tensor]:
         return pasting_loss(backbone, self.head, *views)
-
-    def after_step(self, backbone: Backbone, step: int) -> None:
-        """Nothing follows a step."""

@@ -16,14 +16,13 @@ from accelerate.utils import gather
 from lightly.models.modules import MoCoProjectionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from pydantic import Field
-from torch import nn
 
 from carina.data.batches import Batch
 from carina.draws import permutation
 from carina.errors import CarinaError
 from carina.imaging.views import make_view
 from carina.models.backbones import Backbone, seeded
-from carina.pretrain.pretexts import Corpus
+from carina.pretrain.pretexts import Corpus, Pretext, spread
 from carina.recipes import Section
 
 GROUPS = 4  # of the key batch; each has batch statistics of its own
@@ -38,13 +37,12 @@ class MoCoSettings(Section):
     exclude: Literal["image", "study", "patient"]
 
 
-class MoCo(nn.Module):
-    needs_masks = False
+class MoCo(Pretext):
+    mixes_batch = False  # negatives come from the queue
     healthy = "the loss rises while the queue fills, then falls for the whole run; flat at log(queue) means no learning"
 
     def __init__(self, backbone: Backbone, settings: MoCoSettings, corpus: Corpus):
-        super().__init__()
-        self.settings, self.corpus = settings, corpus
+        super().__init__(backbone, settings, corpus)
         width = backbone.dimension
         with seeded(corpus.seed, "moco head"):
             self.head = MoCoProjectionHead(width, width, settings.dimension)
@@ -52,7 +50,7 @@ class MoCo(nn.Module):
         self.key_head = copy.deepcopy(self.head)
         deactivate_requires_grad(self.key_backbone)
         deactivate_requires_grad(self.key_head)
-        self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
+        self.has_batch_norm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
         if self.has_batch_norm and corpus.micro_batch < 2 * GROUPS:
             raise CarinaError(
                 f"moco with batch norm needs at least {2 * GROUPS} images a process and micro-batch, not "
@@ -76,7 +74,7 @@ class MoCo(nn.Module):
         settings, size = self.corpus.views, self.corpus.size_of(batch.scale)
         return (
             make_view(batch.images, batch.draws.part("moco query"), settings, size),
-            make_view(batch.images, batch.draws.part("moco key"), settings, size),
+            make_view(batch.others, batch.draws.part("moco key"), settings, size),
         )
 
     @torch.no_grad()
@@ -105,7 +103,7 @@ class MoCo(nn.Module):
         target = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
         self.pending.append((batch.scale, keys, owners))
         accuracy = (logits.argmax(dim=1) == 0).float().mean()
-        return {"loss": F.cross_entropy(logits, target), "accuracy": accuracy.detach()}
+        return {"loss": F.cross_entropy(logits, target), "accuracy": accuracy.detach(), "spread": spread(queries)}
 
     @torch.no_grad()
     def after_step(self, backbone: Backbone, step: int) -> None:

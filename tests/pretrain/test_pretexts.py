@@ -9,7 +9,7 @@ from carina.data.batches import Batch
 from carina.draws import Draws
 from carina.errors import CarinaError
 from carina.models.backbones import random_backbone
-from carina.pretrain.pretexts import Corpus, methods
+from carina.pretrain.pretexts import Corpus, method
 from carina.pretrain.recipe import PretrainRecipe
 from carina.recipes import build
 
@@ -18,7 +18,9 @@ SIZES = (32, 64)
 
 
 def corpus(**changes):
-    values = dict(count=256, batch_size=16, micro_batch=16, scales=SIZES, size=None, views=RECIPE.views, seed=0)
+    values = dict(
+        count=256, batch_size=16, micro_batch=16, scales=SIZES, size=None, views=RECIPE.views, seed=0, steps=100
+    )
     return Corpus(**{**values, **changes})
 
 
@@ -35,11 +37,11 @@ def batch(scale=64, count=16, epoch=0, patients=None):
 
 def build_pretext(name, architecture="test_resnet", **changes):
     backbone = random_backbone(architecture, 64, 0)
-    return backbone, methods()[name](backbone, getattr(RECIPE.pretexts, name), corpus(**changes))
+    return backbone, method(name)(backbone, getattr(RECIPE.pretexts, name), corpus(**changes))
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "test_vit"])
-@pytest.mark.parametrize("name", sorted(methods()))
+@pytest.mark.parametrize("name", ["moco", "anatpaste"])
 def test_three_steps_are_finite_at_two_sizes_and_the_state_goes_round(name, architecture):
     backbone, pretext = build_pretext(name, architecture)
     optimizer = torch.optim.SGD([*backbone.parameters(), *pretext.parameters()], lr=0.05)
