@@ -67,7 +67,15 @@ class Run:
         *,
         resume: bool = False,
         quiet: bool = False,
-        free: tuple[str, ...] = ("out", "workers", "wandb", "checkpoint_every", "keep_checkpoints"),
+        free: tuple[str, ...] = (
+            "out",
+            "workers",
+            "wandb",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "keep_every",
+            "watch",
+        ),
     ) -> Run:
         """Open `folder` for a new run, or for the same recipe again with ``resume``.
 

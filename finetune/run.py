@@ -25,6 +25,7 @@ from carina.models.predictor import Member, Predictor, save_predictor
 from carina.recipes import build
 from carina.runs import Run
 from carina.training.engine import Engine, pick_device, resolved
+from carina.training.forecast import forecast
 
 
 def recipe_model(name: str) -> type[FinetuneRecipe]:
@@ -166,7 +167,7 @@ class _Work:
     def dry_run(self) -> dict[str, Any]:
         if self.engine is None:
             return {"mode": "frozen", "images": len(self.selection), "note": "frozen features take one forward pass"}
-        return self.engine.dry_run()
+        return forecast(self.engine)
 
     def start(self, resume: bool) -> Run:
         if not self.main:

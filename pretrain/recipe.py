@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,7 @@ from carina.pretrain.pretexts.simclr import SimCLRSettings
 from carina.pretrain.pretexts.simmim import SimMIMSettings
 from carina.pretrain.pretexts.swav import SwAVSettings
 from carina.pretrain.pretexts.vicreg import VICRegSettings
+from carina.pretrain.watch import WatchSettings
 from carina.recipes import Section
 from carina.training.engine import TrainingSettings
 
@@ -52,9 +53,15 @@ class PretrainRecipe(TrainingSettings):
     rows: str
     where: str | None
     scales: Annotated[list[int], Field(min_length=1)]
+    scale_plan: Literal["mixed", "growing"]
+    norms: Literal["shared", "per_size"]
+    positives: Literal["image", "study", "patient"]
     size: Annotated[int, Field(ge=16)] | None
     architecture: str
     init: str
     pretexts: PretextSettings
     views: ViewSettings
+    ema: Annotated[float, Field(gt=0, lt=1)] | None
+    export: Literal["last", "ema", "teacher"]
     out: str | None
+    watch: WatchSettings

@@ -177,5 +177,7 @@ def test_nan_three_times_in_a_row_stops_and_names_the_loss(phantom_store, tmp_pa
 
     monkeypatch.setattr(module.Pretraining, "forward", sick)
     given = {"store": str(phantom_store), "out": str(tmp_path / "run"), "batch_size": 8, "threads": 1}
-    with pytest.raises(CarinaError, match=r"loss, moco.loss was not finite 3 times in a row at step 2"):
+    with pytest.raises(
+        CarinaError, match=r"loss on rank 0, moco.loss on rank 0 was not finite 3 times in a row, last at step 2"
+    ):
         module.pretrain("debug/moco", given, quiet=True)

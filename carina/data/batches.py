@@ -6,18 +6,27 @@ a resumed run, or one with other workers or ranks, sees the same batches.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from carina.data.store import Selection, unit
 from carina.draws import Draws, hash64, permutation, sample_codes
 from carina.errors import CarinaError
+
+PATIENCE = 300.0  # seconds until a batch that has not arrived is given up
+NAMED = 3  # image_ids of a batch that a message names
+UNREADABLE = (CarinaError, OSError, ValueError, LookupError, pa.ArrowException)  # what a damaged shard raises
+ScalePlan = Literal["mixed", "growing"]
+Group = Literal["image", "study", "patient"]
 
 
 @dataclass
@@ -51,26 +60,13 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return permutation(count, seed, "order", epoch)
 
 
-class _Reader(Dataset):
-    def __init__(self, selection: Selection, plan: Plan, masks: bool):
-        self.selection, self.plan, self.masks = selection, plan, masks
-
-    def __getitem__(self, number: int):
-        rows, scale = self.plan.rows(number), self.plan.scale(number)
-        images = torch.from_numpy(self.selection.images(rows, scale))
-        masks = torch.from_numpy(self.selection.masks(rows, scale)) if self.masks else torch.zeros(0)
-        return images, masks
-
-    def __len__(self) -> int:
-        return self.plan.steps * self.plan.accumulate
-
-
 @dataclass(frozen=True)
 class Plan:
-    """Which rows every micro-batch of every step holds.
+    """Which rows every micro-batch of every step holds, and at which scale.
 
     batch_size counts the images of one optimizer step over all ranks and micro-batches; it is cut into `accumulate`
-    micro-batches, and each of those into `world` equal parts.
+    micro-batches, and each of those into `world` equal parts. scale_plan: `mixed` takes the scales in turn, a step each;
+    `growing` one after the other, each for its share of the steps (`shares`, positive, of any sum; default equal).
     """
 
     count: int
@@ -81,6 +77,8 @@ class Plan:
     scales: tuple[int, ...]
     seed: int
     steps: int
+    scale_plan: ScalePlan = "mixed"
+    shares: tuple[float, ...] | None = None
 
     def __post_init__(self):
         if self.batch_size > self.count:
@@ -92,6 +90,16 @@ class Plan:
                 f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} x {self.world} equal "
                 f"parts; give a multiple of {self.accumulate * self.world}"
             )
+        shares = self.shares
+        if shares is not None and (len(shares) != len(self.scales) or min(shares) <= 0):
+            raise CarinaError(
+                f"the shares {list(shares)} do not fit the scales {list(self.scales)}; give one positive number a scale"
+            )
+        if self.scale_plan == "growing" and len(set((0, *self.ends))) <= len(self.scales):
+            raise CarinaError(
+                f"{self.steps} steps are too few for scales {list(self.scales)} with shares "
+                f"{list(shares or (1,) * len(self.scales))}; give more steps or fewer scales"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -101,11 +109,20 @@ class Plan:
     def micro_batch(self) -> int:
         return self.batch_size // (self.accumulate * self.world)
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The step before which each scale of a growing plan ends."""
+        shares = np.cumsum(self.shares or (1.0,) * len(self.scales))
+        return tuple(int(end) for end in np.rint(self.steps * shares / shares[-1]))
+
     def epoch(self, step: int) -> int:
         return step // self.steps_per_epoch
 
     def scale(self, number: int) -> int:
-        return self.scales[(number // self.accumulate) % len(self.scales)]
+        step = number // self.accumulate
+        if self.scale_plan == "growing":
+            return self.scales[int(np.searchsorted(self.ends, step, side="right"))]
+        return self.scales[step % len(self.scales)]
 
     def rows(self, number: int) -> np.ndarray:
         """Positions of the rows of micro-batch `number` (counted over all steps) on this rank."""
@@ -116,8 +133,81 @@ class Plan:
         return order[start : start + self.micro_batch]
 
 
+class Partners:
+    """Draws another image of the same group (study or patient) for every image, from (seed, epoch, image_id) alone."""
+
+    def __init__(self, groups: np.ndarray, codes: np.ndarray):
+        """groups: (N,) int64 codes of the rows' groups. codes: (N,) uint64 from `sample_codes`."""
+        self.codes = codes
+        self.order = np.lexsort((codes, groups))  # the rows of a group stand together, in an order of their own
+        _, first, group, size = np.unique(
+            groups[self.order], return_index=True, return_inverse=True, return_counts=True
+        )
+        self.first, self.size, self.place = (np.empty(len(groups), dtype=np.int64) for _ in range(3))
+        self.first[self.order], self.size[self.order] = first[group], size[group]
+        self.place[self.order] = np.arange(len(groups)) - first[group]
+
+    def __call__(self, rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """(B,) rows: the partner of each of `rows`, itself when it is alone."""
+        first, size, place = self.first[rows], self.size[rows], self.place[rows]
+        unit_draw = Draws(seed, epoch, self.codes[rows]).uniform("partner").astype(np.float64)
+        ahead = 1 + np.floor(unit_draw * (size - 1)).astype(np.int64)  # 1 to size - 1, or 1 when alone
+        return self.order[first + (place + ahead) % size]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class _Reader(Dataset):
+    """Micro-batch number -> stored pixels (`images` and, with partners, `others`), masks, or what went wrong."""
+
+    def __init__(self, selection: Selection, plan: Plan, masks: bool, partners: Partners | None):
+        self.selection, self.plan, self.masks, self.partners = selection, plan, masks, partners
+
+    def __len__(self) -> int:
+        return self.plan.steps * self.plan.accumulate
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor | str]:
+        rows, scale = self.plan.rows(number), self.plan.scale(number)
+        chosen = rows
+        if self.partners is not None:
+            chosen = self.partners(rows, self.plan.seed, self.plan.epoch(number // self.plan.accumulate))
+        apart = np.flatnonzero(chosen != rows)
+        wanted = np.concatenate([rows, chosen[apart]])
+        try:
+            pixels = torch.from_numpy(self.selection.images(wanted, scale))
+            read = {"images": pixels[: len(rows)]}
+            if self.masks:
+                read["masks"] = torch.from_numpy(self.selection.masks(rows, scale))
+        except UNREADABLE as error:  # told as a value: an error that crosses processes would carry their traceback
+            return {"fault": self._fault(wanted, scale, error)}
+        if self.partners is not None:
+            read["others"] = read["images"].clone()
+            read["others"][apart] = pixels[len(rows) :]
+        return read
+
+    def _fault(self, rows: np.ndarray, scale: int, error: Exception) -> str:
+        """One sentence that names the first row that cannot be read."""
+        found = int(rows[0])
+        for row in rows.tolist():
+            try:
+                self.selection.images([row], scale)
+                if self.masks:
+                    self.selection.masks([row], scale)
+            except UNREADABLE as own:
+                found, error = row, own
+                break
+        name = self.selection.table["image_id"].iloc[found]
+        return f"image {name} cannot be read at scale {scale} ({_first_line(error)}); check the disk, or prepare again"
+
+
 class Batches:
-    """Iterates over (step, [micro-batches]) from a step on; `wait` is the share of time spent waiting for data."""
+    """Iterates over (step, [micro-batches]) from a step on; `waited` counts the seconds spent waiting for data.
+
+    positives: what an image's partner in `Batch.others` shares with it; `image` is the image itself. patience: seconds
+    until a batch that the workers do not deliver is given up (default: CARINA_LOADER_PATIENCE, or 300).
+    """
 
     def __init__(
         self,
@@ -128,34 +218,39 @@ class Batches:
         workers: int = 0,
         masks: bool = False,
         targets: np.ndarray | None = None,
+        positives: Group = "image",
+        patience: float | None = None,
     ):
         self.selection, self.plan, self.device, self.workers = selection, plan, device, workers
         self.with_masks = masks
-        self.targets = None if targets is None else torch.from_numpy(np.asarray(targets, dtype=np.float32))
+        self.patience = _patience() if patience is None else patience
+        self.targets = None if targets is None else torch.from_numpy(np.array(targets, dtype=np.float32))
         self.codes = sample_codes(selection.table["image_id"].tolist())
         self.groups = {"image": torch.from_numpy(self.codes.astype(np.int64))}
         for name in ("study", "patient"):
             values = selection.table[f"{name}_id"].tolist()
             codes = {value: hash64(value) >> 1 for value in set(values)}
             self.groups[name] = torch.tensor([codes[value] for value in values], dtype=torch.int64)
+        self.partners = None if positives == "image" else Partners(self.groups[positives].numpy(), self.codes)
         self.waited = 0.0
 
-    def _batch(self, number: int, images: torch.Tensor, masks: torch.Tensor) -> Batch:
+    def _batch(self, number: int, read: dict[str, torch.Tensor]) -> Batch:
         rows = self.plan.rows(number)
         step = number // self.plan.accumulate
         to = {"device": self.device, "non_blocking": True}
         return Batch(
-            images=unit_tensor(images.to(**to)),
-            masks=masks.to(**to).unsqueeze(1) if self.with_masks else None,
+            images=unit_tensor(read["images"].to(**to)),
+            masks=read["masks"].to(**to).unsqueeze(1) if self.with_masks else None,
             groups={name: codes[rows].to(**to) for name, codes in self.groups.items()},
             targets=None if self.targets is None else self.targets[rows].to(**to),
             draws=Draws(self.plan.seed, self.plan.epoch(step), self.codes[rows]),
             scale=self.plan.scale(number),
             key=(self.plan.seed, number, self.plan.rank),
+            others=unit_tensor(read["others"].to(**to)) if "others" in read else None,
         )
 
     def from_step(self, first: int) -> Iterator[tuple[int, list[Batch]]]:
-        reader = _Reader(self.selection, self.plan, self.with_masks)
+        reader = _Reader(self.selection, self.plan, self.with_masks, self.partners)
         loader = DataLoader(
             reader,
             batch_size=None,
@@ -163,14 +258,48 @@ class Batches:
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=4 if self.workers else None,
+            timeout=self.patience if self.workers else 0,
         )
         pieces = iter(loader)
         for step in range(first, self.plan.steps):
-            began = time.perf_counter()
-            read = [next(pieces) for _ in range(self.plan.accumulate)]
-            self.waited += time.perf_counter() - began
             numbers = range(step * self.plan.accumulate, (step + 1) * self.plan.accumulate)
-            yield step, [self._batch(number, *piece) for number, piece in zip(numbers, read)]
+            began = time.perf_counter()
+            read = [self._next(pieces, number) for number in numbers]
+            self.waited += time.perf_counter() - began
+            yield step, [self._batch(number, piece) for number, piece in zip(numbers, read)]
+
+    def _next(self, pieces: Iterator[dict[str, torch.Tensor | str]], number: int) -> dict[str, torch.Tensor]:
+        """The next micro-batch, which is `number`; what keeps it from coming is told with its image_ids."""
+        began = time.perf_counter()
+        try:
+            read = next(pieces)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):  # torch's own words; the rest are faults of the reader
+                raise
+            names = self.selection.table["image_id"].iloc[self.plan.rows(number)[:NAMED]]
+            batch = f"the batch of image_ids {', '.join(names)}, ... at scale {self.plan.scale(number)}"
+            if time.perf_counter() - began >= self.patience:
+                raise CarinaError(
+                    f"{batch} did not arrive within {self.patience:g} s; check the disk that holds the store, or give "
+                    "CARINA_LOADER_PATIENCE more seconds"
+                ) from None
+            raise CarinaError(
+                f"a worker ended while {batch} was awaited ({_first_line(error)}); lower workers, memory may be short"
+            ) from None
+        if "fault" in read:
+            raise CarinaError(read["fault"])
+        return read
+
+
+def _patience() -> float:
+    text = os.environ.get("CARINA_LOADER_PATIENCE", str(PATIENCE))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise CarinaError(f"CARINA_LOADER_PATIENCE={text} is no number of seconds above 0; give one, as in 300")
+    return seconds
 
 
 def unit_tensor(images: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models import swin_transformer, vision_transformer
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from carina.draws import hash64
 from carina.errors import CarinaError, nearest
 from carina.files import read_json
+from carina.models.scales import norm_sizes, put_norms, rest_statistics, stored_norms
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,16 @@ class Backbone(nn.Module):
 
     Repeating the channel and normalizing happen here, outside the network, so that ``backbone.network`` is exactly what
     plain timm loads. ``forward`` takes images of any size the network takes; ``features`` resizes to its own first.
+    Whoever calls a part of the network itself gives it what ``normalize`` returns.
     """
 
     def __init__(self, network: nn.Module, spec: Spec):
         super().__init__()
         self.network = network
         self.spec = spec
+        self.recomputes = False  # activations, in the backward pass
+        for name in ("mean", "std"):  # on the device beforehand, because a copy on each pass would wait for it
+            self.register_buffer(name, torch.tensor(getattr(spec, name)).view(1, -1, 1, 1), persistent=False)
 
     @property
     def dimension(self) -> int:
@@ -63,18 +71,32 @@ class Backbone(nn.Module):
         )
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 1, H, W) in [0, 1] as the network wants them: (B, C, H, W), normalized."""
-        mean = torch.tensor(self.spec.mean, device=images.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.spec.std, device=images.device).view(1, -1, 1, 1)
-        images = (images - mean) / std  # one channel becomes as many as there are means
+        """Images (B, 1, H, W) in [0, 1] as the network wants them: (B, C, H, W), normalized. From here on the network
+        uses the batch norms of their size, where it has size-specific ones."""
+        self._choose_norms(images.shape[-1], rest=False)
+        images = (images - self.mean) / self.std  # one channel becomes as many as there are means
         return images.contiguous(memory_format=torch.channels_last)
 
+    def _choose_norms(self, side: int, rest: bool) -> None:
+        if norm_sizes(self.network):
+            self.network.size_choice.set(side)
+        if self.recomputes:
+            rest_statistics(self.network, rest)
+
+    def _run(self, part: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        side = images.shape[-1]
+        features = part(self.normalize(images))
+        if self.recomputes and features.requires_grad and not torch.compiler.is_compiling():
+            # other sizes may have passed since: what is recomputed meets the norms of this pass, and counts only once
+            features.register_hook(lambda _: self._choose_norms(side, rest=True))
+        return features
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.network(self.normalize(images))
+        return self._run(self.network, images)
 
     def maps(self, images: torch.Tensor) -> torch.Tensor:
         """Features before pooling (B, D, h, w): a transformer's patch tokens at their places, a CNN's last map."""
-        features = self.network.forward_features(self.normalize(images))
+        features = self._run(self.network.forward_features, images)
         if features.ndim == 3:  # tokens of a ViT, class and register tokens first
             features = features[:, getattr(self.network, "num_prefix_tokens", 0) :].transpose(1, 2)
             side = round(features.shape[-1] ** 0.5)
@@ -97,9 +119,20 @@ class Backbone(nn.Module):
         """Pooled features (B, D) of images resized to the network's own size."""
         return self(resize_images(images, self.spec.size))
 
-    def at(self, size: int) -> Backbone:
-        """The same network for inputs of another size."""
-        return Backbone(self.network, dataclasses.replace(self.spec, size=size))
+    @torch.no_grad()
+    def check_sizes(self, sizes: Iterable[int]) -> None:
+        """Raise CarinaError unless the network takes images of all these sides."""
+        trained = {module: module.training for module in self.modules()}
+        try:
+            for size in sizes:
+                self.eval()(torch.zeros(1, 1, size, size, device=next(self.parameters()).device))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            mend = f"multiples of {self.patch}" if size % self.patch else "a larger size or another architecture"
+            told = _first_line(error).rstrip(".")
+            raise CarinaError(f"{self.spec.name} takes no images of {size} px ({told}); give {mend}") from None
+        finally:
+            for module, mode in trained.items():
+                module.training = mode
 
 
 def resize_images(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -124,30 +157,45 @@ def _create(name: str, **args: Any) -> nn.Module:
     return timm.create_model(name, **args).to(memory_format=torch.channels_last)
 
 
-def _size_arguments(name: str, size: int) -> dict[str, Any]:
-    """Transformers are built for one image size; dynamic_img_size lets them take others by resampled positions."""
-    module = timm.model_entrypoint(name.split(".")[0]).__module__.rsplit(".", 1)[1]
+def _entry_module(name: str) -> str:
+    return timm.model_entrypoint(name.split(".")[0]).__module__.rsplit(".", 1)[1]
+
+
+def _any_size(name: str) -> dict[str, Any]:
+    """Transformers are built for one image size. ViTs take others by resampling their positions on each pass; Swins
+    have positions within windows only, and build their masks anew."""
+    module = _entry_module(name)
     if module in ("vision_transformer", "deit", "eva"):
-        return {"img_size": size, "dynamic_img_size": True}
-    if module.startswith(("swin", "maxxvit", "vision_transformer", "beit", "cait", "mlp_mixer")):
-        return {"img_size": size}
-    return {}
+        return {"dynamic_img_size": True}
+    return {"strict_img_size": False} if module in ("swin_transformer", "swin_transformer_v2") else {}
+
+
+def _size_arguments(name: str, size: int) -> dict[str, Any]:
+    sized = ("deit", "eva", "swin", "maxxvit", "vision_transformer", "beit", "cait", "mlp_mixer")
+    return {"img_size": size, **_any_size(name)} if _entry_module(name).startswith(sized) else {}
 
 
 def random_backbone(
-    architecture: str, size: int, seed: int, mean: tuple[float, ...] = (0.5,), std: tuple[float, ...] = (0.25,)
+    architecture: str,
+    size: int,
+    seed: int,
+    mean: tuple[float, ...] = (0.5,),
+    std: tuple[float, ...] = (0.25,),
+    *,
+    largest: int | None = None,
+    channels: int = 1,
 ) -> Backbone:
-    """An untrained one-channel timm network for (size, size) inputs."""
+    """An untrained timm network for (size, size) inputs; tables of positions are made for `largest` (default: size)."""
     name = architecture.split(".")[0]
     if not timm.is_model(name):
         raise CarinaError(f"timm has no model '{architecture}'{nearest(name, timm.list_models())}")
-    args = _size_arguments(name, size)
+    args = {"in_chans": channels, **_size_arguments(name, max(size, largest or size))}
     with seeded(seed, f"backbone {name}"):
         try:
-            network = _create(name, in_chans=1, num_classes=0, **args)
+            network = _create(name, num_classes=0, **args)
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise CarinaError(f"timm cannot build {name} for one channel at {size} px: {error}") from None
-    return Backbone(network, Spec(name, 1, size, tuple(mean), tuple(std), {"in_chans": 1, **args}, "random weights"))
+    return Backbone(network, Spec(name, channels, size, tuple(mean), tuple(std), args, "random weights"))
 
 
 @dataclass(frozen=True)
@@ -205,20 +253,50 @@ def _external(name: str, size: int | None) -> Backbone:
     return Backbone(network, dataclasses.replace(entry.spec, size=size or entry.spec.size))
 
 
-def _from_timm(network: nn.Module, name: str, origin: str, args: dict[str, Any], size: int | None) -> Backbone:
+def _from_timm(
+    model: str,
+    config: dict[str, Any],
+    name: str,
+    args: dict[str, Any],
+    origin: str,
+    size: int | None,
+    largest: int | None,
+) -> Backbone:
+    """Weights that timm finds (`model`), for images of any size. config: of the pretrained weights; args: of the model."""
+    own = args.get("img_size") or (config.get("input_size") or (3, 224, 224))[-1]
+    changes = _any_size(name)
+    if largest and largest > own and "img_size" in _size_arguments(name, own):
+        changes["img_size"] = largest  # timm resamples the tables of positions when it loads them
+    network = _create(model, pretrained=True, num_classes=0, **changes)
     config = network.pretrained_cfg
-    own = (config.get("input_size") or (3, 224, 224))[-1]
+    channels, _, side = config.get("input_size") or (3, 224, 224)
     spec = Spec(
         name.split(".")[0],
-        channels=network.pretrained_cfg.get("input_size", (3,))[0],
-        size=size or own,
+        channels=channels,
+        size=size or side,
         mean=tuple(config.get("mean") or (0.5,)),
         std=tuple(config.get("std") or (0.25,)),
-        args=args,
+        args={"in_chans": channels, **args, **changes},
         origin=origin,
         license=str(config.get("license") or ""),
     )
     return Backbone(network, spec)
+
+
+def _downloaded(reference: str, size: int | None, largest: int | None) -> Backbone:
+    kind, _, name = reference.partition(":")
+    if kind == "timm" and not timm.is_model(name.split(".")[0]):
+        raise CarinaError(f"timm has no model '{name}'{nearest(name.split('.')[0], timm.list_models())}")
+    try:
+        if kind == "timm":
+            return _from_timm(name, timm.get_pretrained_cfg(name).to_dict(), name, {}, reference, size, largest)
+        config, architecture, args = timm.models.load_model_config_from_hf(name)
+        return _from_timm(f"hf-hub:{name}", config, architecture, args or {}, reference, size, largest)
+    except Exception as error:  # the hub client raises many kinds; all mean that the weights are not to be had
+        raise CarinaError(
+            f"the weights of {reference} could not be downloaded ({type(error).__name__}); check the name and the "
+            "network, or give a file or folder"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:
@@ -234,10 +312,13 @@ def backbone_record(reference: str) -> dict[str, Any]:
     return {}
 
 
-def _folder(path: Path, size: int | None) -> Backbone:
-    for inner in ("backbone", "predictor/member-0"):
-        if (path / inner / "config.json").is_file():
-            path = path / inner
+def _artefact(path: Path) -> Path:
+    inner = (path / name for name in ("backbone", "predictor/member-0"))
+    return next((folder for folder in inner if (folder / "config.json").is_file()), path)
+
+
+def _folder(path: Path, size: int | None, largest: int | None) -> Backbone:
+    path = _artefact(path)
     if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
         raise CarinaError(
             f"{path} holds no backbone (config.json and model.safetensors); give a run of carina pretrain"
@@ -247,44 +328,64 @@ def _folder(path: Path, size: int | None) -> Backbone:
         raise CarinaError(
             f"{path} is not in timm's format (config.json names no architecture); give a timm or carina folder"
         )
+    carina = read_json(path / "carina.json") if (path / "carina.json").is_file() else {}
+    pretrained, name, args = config.get("pretrained_cfg") or {}, config["architecture"], config.get("model_args") or {}
+    origin = carina.get("origin", "a timm folder")
     try:
-        network = _create(f"local-dir:{path}", pretrained=True, num_classes=0)
+        backbone = _from_timm(f"local-dir:{path}", pretrained, name, args, origin, size or carina.get("size"), largest)
     except (RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise CarinaError(f"{path} cannot be loaded by timm ({_first_line(error)}); it may be damaged") from None
-    carina = read_json(path / "carina.json") if (path / "carina.json").is_file() else {}
-    backbone = _from_timm(
-        network,
-        config["architecture"],
-        carina.get("origin", "a timm folder"),
-        config.get("model_args") or {},
-        size or carina.get("size"),
-    )
+    restore_size_norms(backbone, str(path))
     return backbone
 
 
-def _weights_file(path: Path, architecture: str, size: int, mean, std) -> Backbone:
+def restore_size_norms(backbone: Backbone, reference: str) -> None:
+    """Give each size the batch norms that the folder `reference` holds of it or of the nearest size.
+
+    After `load_backbone` and `add_size_norms` this puts back all of them; a plain network gets those of its own size.
+    Nothing happens where the reference holds no size-specific norms.
+    """
+    norms = stored_norms(_artefact(Path(reference)))
+    if norms:
+        put_norms(backbone.network, norms, backbone.spec.size)
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         try:
-            weights = load_file(path)
+            return load_file(path)
         except SafetensorError as error:
             raise CarinaError(f"{path} is not a whole safetensors file ({error}); download or write it again") from None
-    else:
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch names refusals of unsafe content in several ways
-            raise CarinaError(
-                f"{path} cannot be read as plain tensors ({type(error).__name__}); save it as safetensors, nothing "
-                "pickled is loaded"
-            ) from None
-        weights = weights.get("state_dict", weights.get("model", weights))
-    backbone = random_backbone(architecture, size, 0, mean, std)
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch names refusals of unsafe content in several ways
+        raise CarinaError(
+            f"{path} cannot be read as plain tensors ({type(error).__name__}); save it as safetensors, nothing "
+            "pickled is loaded"
+        ) from None
+    return weights.get("state_dict", weights.get("model", weights))
+
+
+def _weights_file(
+    path: Path, architecture: str, size: int, mean, std, largest: int | None, one_channel: bool
+) -> Backbone:
+    weights = _read_weights(path)
+    patches, positions = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
+    if positions is not None and positions.ndim == 3 and patches is not None:  # a ViT keeps its own table of positions
+        largest = max(largest or 0, math.isqrt(positions.shape[1]) * patches.shape[-1])
+    backbone = random_backbone(architecture, size, 0, mean, std, largest=largest)
+    first = f"{_first_convolution(backbone.network)[0]}.weight"
+    if first in weights and weights[first].shape[1:2] == (3,):
+        if one_channel:  # the file does not say how its images were normalized: as the architecture's usually are
+            config = timm.get_pretrained_cfg(backbone.spec.name)
+            mean, std = (config.mean, config.std) if config else ((0.5,) * 3, (0.25,) * 3)
+            backbone = random_backbone(architecture, size, 0, mean, std, largest=largest, channels=3)
+        else:  # as timm does: gray is equal in all three
+            weights = {**weights, first: weights[first].sum(dim=1, keepdim=True)}
     ours = backbone.network.state_dict()
-    first = next(iter(ours))
-    if first in weights and weights[first].shape[1:2] == (3,) and ours[first].shape[1] == 1:
-        weights = {
-            **weights,
-            first: weights[first].sum(dim=1, keepdim=True),
-        }  # as timm does: gray is equal in all three
+    resample = {"vit": vision_transformer, "swin": swin_transformer}.get(backbone.family)
+    if resample is not None and (patches is None or patches.shape[2:] == ours["patch_embed.proj.weight"].shape[2:]):
+        weights = resample.checkpoint_filter_fn(weights, backbone.network)
     other = next((k for k, v in weights.items() if k in ours and getattr(v, "shape", None) != ours[k].shape), None)
     if other is not None:
         raise CarinaError(
@@ -298,7 +399,47 @@ def _weights_file(path: Path, architecture: str, size: int, mean, std) -> Backbo
             + (f"; it has {unexpected[0]}" if unexpected else "")
             + "); name the architecture the file was made with: architecture=NAME"
         )
-    return Backbone(backbone.network, dataclasses.replace(backbone.spec, origin="a weights file"))
+    backbone.spec = dataclasses.replace(backbone.spec, origin="a weights file")
+    return backbone
+
+
+def _first_convolution(network: nn.Module) -> tuple[str, nn.Conv2d | None]:
+    return next(((name, m) for name, m in network.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
+
+
+@torch.no_grad()
+def _to_one_channel(backbone: Backbone) -> Backbone:
+    """The same features from one channel, without repeating it.
+
+    With channels normalized by (m_c, s_c), sum_c W_c (x - m_c) / s_c = W (x - m) / s + b for gray x, where m and s are
+    the means of m_c and s_c, W = sum_c W_c s / s_c, and b = sum_c W_c (m - m_c) / s_c summed over the kernel. The constant
+    b goes into the convolution's bias, or out of the running mean of the batch norm behind it. This is exact where the
+    m_c agree or nothing is padded; else only within half a kernel of the border it is not. Kernels that are
+    standardized on each pass keep their direction but not quite their length.
+    """
+    network, spec = backbone.network, backbone.spec
+    if spec.channels == 1:
+        return backbone
+    _, convolution = _first_convolution(network)
+    if convolution is None or convolution.in_channels != spec.channels or convolution.groups > 1:
+        raise CarinaError(
+            f"{spec.name} begins with no plain convolution of {spec.channels} channels, so it cannot be brought to one "
+            "channel; choose another architecture"
+        )
+    weight, means, stds = (torch.as_tensor(v, dtype=torch.float64) for v in (convolution.weight, spec.mean, spec.std))
+    mean, std = means.mean(), stds.mean()
+    offset = (weight.sum(dim=(2, 3)) * (mean - means) / stds).sum(dim=1)
+    kernel = (weight * (std / stds).view(1, -1, 1, 1)).sum(dim=1, keepdim=True)
+    convolution.weight = nn.Parameter(kernel.to(convolution.weight.dtype).contiguous(memory_format=torch.channels_last))
+    convolution.in_channels = 1
+    layers = [m for m in network.modules() if isinstance(m, _BatchNorm) or not list(m.children())]
+    behind = layers[layers.index(convolution) + 1]
+    if convolution.bias is not None:
+        convolution.bias += offset
+    elif isinstance(behind, _BatchNorm) and behind.num_features == convolution.out_channels:
+        behind.running_mean -= offset
+    one = {"channels": 1, "mean": (mean.item(),), "std": (std.item(),), "args": {**spec.args, "in_chans": 1}}
+    return Backbone(network, dataclasses.replace(spec, **one))
 
 
 def load_backbone(
@@ -309,39 +450,48 @@ def load_backbone(
     seed: int = 0,
     mean: tuple[float, ...] = (0.5,),
     std: tuple[float, ...] = (0.25,),
+    one_channel: bool = False,
+    largest: int | None = None,
 ) -> Backbone:
     """A backbone by reference.
 
     reference: ``random`` or ``random:NAME`` (untrained, from `seed`); a run or backbone folder of carina or timm; a file
     of weights for `architecture`; ``timm:NAME`` or ``hub:ORG/NAME`` (downloaded by timm); or one of `EXTERNAL`.
-    size: input side in pixels, for those that can choose it. mean, std: used where the reference has none of its own.
+    size: input side in pixels, for those that can choose it; of size-specific batch norms the nearest ones are taken.
+    mean, std: used where the reference has none of its own. one_channel: bring a network of three channels to one, with
+    the same features. largest: the largest side it will be given; a transformer's tables of positions are made, or
+    resampled by timm's rule, for it.
     """
     if reference == "random" or reference.startswith("random:"):
-        return random_backbone(reference.partition(":")[2] or architecture, size or 224, seed, mean, std)
+        name = reference.partition(":")[2] or architecture
+        return random_backbone(name, size or 224, seed, mean, std, largest=largest)
     if reference in EXTERNAL:
-        return _external(reference, size)
-    if reference.startswith(("timm:", "hub:")):
-        kind, _, name = reference.partition(":")
-        full = name if kind == "timm" else f"hf-hub:{name}"
-        if kind == "timm" and not timm.is_model(name.split(".")[0]):
-            raise CarinaError(f"timm has no model '{name}'{nearest(name.split('.')[0], timm.list_models())}")
-        try:
-            network = timm.create_model(full, pretrained=True, num_classes=0).to(memory_format=torch.channels_last)
-        except Exception as error:  # the hub client raises many kinds; all mean that the weights are not to be had
-            raise CarinaError(
-                f"the weights of {reference} could not be downloaded ({type(error).__name__}); check the name and the "
-                "network, or give a file or folder"
-            ) from None
-        channels = network.pretrained_cfg["input_size"][0]
-        return _from_timm(
-            network, network.pretrained_cfg.get("architecture", name), reference, {"in_chans": channels}, size
+        backbone = _external(reference, size)
+    elif reference.startswith(("timm:", "hub:")):
+        backbone = _downloaded(reference, size, largest)
+    elif Path(reference).is_dir():
+        backbone = _folder(Path(reference), size, largest)
+    elif Path(reference).is_file():
+        backbone = _weights_file(Path(reference), architecture, size or 224, mean, std, largest, one_channel)
+    else:
+        raise CarinaError(
+            f"backbone={reference} is neither a folder nor a file here; give a run, random, timm:NAME, hub:ORG/NAME or "
+            f"one of {', '.join(EXTERNAL)}"
         )
-    path = Path(reference)
-    if path.is_dir():
-        return _folder(path, size)
-    if path.is_file():
-        return _weights_file(path, architecture, size or 224, mean, std)
-    raise CarinaError(
-        f"backbone={reference} is neither a folder nor a file here; give a run, random, timm:NAME, hub:ORG/NAME or one "
-        f"of {', '.join(EXTERNAL)}"
-    )
+    return _to_one_channel(backbone) if one_channel else backbone
+
+
+def checkpoint_activations(backbone: Backbone) -> None:
+    """Keep only the activations between blocks and compute the rest again in the backward pass: less memory, more time.
+
+    The gradients are the same (Chen et al., arXiv 1604.06174), dropout included; batch norms count each pass once in
+    their running statistics. Raises CarinaError for networks that timm cannot do it for.
+    """
+    try:
+        backbone.network.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError, NotImplementedError, TypeError):
+        raise CarinaError(
+            f"timm cannot recompute the activations of {backbone.spec.name}; leave checkpoint_activations=false and "
+            "raise accumulate instead"
+        ) from None
+    backbone.recomputes = True

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save
 from carina.errors import CarinaError
 from carina.files import atomic_folder, atomic_path, write_json, write_text
 from carina.models.backbones import Backbone
+from carina.models.scales import FILE as SCALES
+from carina.models.scales import nearest_size, split_norms
 
 
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -58,9 +60,22 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
 
 
 def write_backbone(folder: str | Path, backbone: Backbone, facts: dict[str, Any], card: str) -> None:
-    """config.json, model.safetensors, carina.json (`facts`) and README.md (`card`), as one atomic folder."""
+    """config.json, model.safetensors, carina.json (`facts`) and README.md (`card`), as one atomic folder.
+
+    Size-specific batch norms: model.safetensors is the plain network with those of the default size (the nearest to
+    `spec.size`), scales.safetensors holds the others as `<size>/<key>`, and `norm_sizes` of carina.json lists the sizes,
+    the default one first.
+    """
+    tensors, norms = split_norms(backbone.network)
+    sizes = sorted(norms, key=lambda size: size != nearest_size(norms, backbone.spec.size))
+    if norms:
+        tensors |= norms.pop(sizes[0])
     with atomic_folder(folder) as temporary:
-        save_tensors(temporary / "model.safetensors", backbone.network.state_dict())
+        save_tensors(temporary / "model.safetensors", tensors)
+        if norms:
+            others = {f"{other}/{key}": value for other, state in norms.items() for key, value in state.items()}
+            save_tensors(temporary / SCALES, others)
         write_json(temporary / "config.json", timm_config(backbone))
-        write_json(temporary / "carina.json", {**facts, "origin": backbone.spec.origin, "size": backbone.spec.size})
+        record = {**facts, "origin": backbone.spec.origin, "size": backbone.spec.size, "norm_sizes": sizes}
+        write_json(temporary / "carina.json", record)
         write_text(temporary / "README.md", card)

@@ -5,43 +5,43 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import resource
-import shutil
 import signal
-import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
 from pydantic import Field
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from carina.data.batches import Batch, Batches, Plan
 from carina.data.store import Selection
 from carina.draws import hash64
 from carina.errors import CarinaError, Preempted
-from carina.files import atomic_folder, read_json, write_json
-from carina.models.checkpoints import load_tensors, save_tensors
-from carina.progress import Progress, clock
+from carina.models.backbones import Backbone
+from carina.progress import Progress
 from carina.recipes import Section
 from carina.runs import Run
-from carina.training.optim import (
-    OptimSettings,
-    base_rate,
+from carina.training.optim import OptimSettings, base_rate, make_optimizer, rate_at, rate_in_words
+from carina.training.states import (
     load_optimizer_tensors,
-    make_optimizer,
+    load_task_tensors,
+    newest_checkpoint,
     optimizer_tensors,
-    rate_at,
+    save_checkpoint,
+    task_tensors,
+    whole,
 )
 from carina.training.tracking import Mode, Tracker
 
 NAN_LIMIT = 3  # a stray one is skipped, the third in a row stops the run
-DRY_STEPS = 5
+# What FSDP shards together: the repeated parts of timm's networks, by the ends of their classes' names.
+BLOCKS = ("Block", "Bottleneck", "DenseLayer", "InvertedResidual")
 Precision = Literal["auto", "no", "bf16", "fp16"]
 
 
@@ -55,10 +55,15 @@ class TrainingSettings(Section):
     accumulate: Annotated[int, Field(ge=1)]
     optim: OptimSettings
     precision: Precision
+    parallel: Literal["ddp", "fsdp"]
+    sync_batch_norm: bool
+    checkpoint_activations: bool
+    compile: bool
     threads: Annotated[int, Field(ge=1)] | None
     workers: Annotated[int, Field(ge=0)]
     checkpoint_every: Annotated[int, Field(ge=1)]
     keep_checkpoints: Annotated[int, Field(ge=1)]
+    keep_every: Annotated[int, Field(ge=1)] | None
     wandb: Mode
 
     def total_steps(self, count: int) -> int:
@@ -70,7 +75,14 @@ class TrainingSettings(Section):
 
 
 class Task(nn.Module):
-    """What the engine trains: the networks, their loss on a batch, and what follows an optimizer step."""
+    """What the engine trains: the networks, their loss on a batch, and what follows an optimizer step.
+
+    backbone: what is exported, whose layers `layer_decay` counts. skips_parameters: some steps leave parameters without
+    a gradient, which DDP must be told.
+    """
+
+    backbone: Backbone
+    skips_parameters = False
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Named scalar losses; `loss` is what is minimized."""
@@ -118,6 +130,8 @@ class Engine:
         settings: TrainingSettings,
         *,
         scales: Sequence[int],
+        scale_plan: str = "mixed",
+        positives: str = "image",
         masks: bool = False,
         targets: np.ndarray | None = None,
         name: str = "train",
@@ -126,8 +140,17 @@ class Engine:
         torch.set_num_threads(settings.threads)
         cuda = torch.cuda.is_available()
         # Batch norm keeps the statistics of its own rank; rank 0's running ones are exported (docs/multi-gpu.md).
-        no_broadcast = DistributedDataParallelKwargs(broadcast_buffers=False)
-        self.accelerator = Accelerator(mixed_precision=settings.precision, cpu=not cuda, kwargs_handlers=[no_broadcast])
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=task.skips_parameters)
+        self.accelerator = Accelerator(
+            mixed_precision=settings.precision,
+            cpu=not cuda,
+            kwargs_handlers=[ddp],
+            fsdp_plugin=_sharding(task) if settings.parallel == "fsdp" else None,
+        )
+        if settings.parallel == "fsdp" and not self.accelerator.is_fsdp2:
+            raise CarinaError(
+                "parallel=fsdp needs several GPUs, started by torchrun or accelerate launch; leave it at ddp here"
+            )
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.device = self.accelerator.device
         self.settings, self.name, self.quiet = settings, name, quiet or self.rank > 0
@@ -138,15 +161,30 @@ class Engine:
             world=self.world,
             rank=self.rank,
             scales=tuple(scales),
+            scale_plan=scale_plan,
             seed=settings.seed,
             steps=settings.total_steps(len(selection)),
         )
         self.batches = Batches(
-            selection, self.plan, device=self.device, workers=settings.workers, masks=masks, targets=targets
+            selection,
+            self.plan,
+            device=self.device,
+            workers=settings.workers,
+            masks=masks,
+            targets=targets,
+            positives=positives,
         )
         self.peak = base_rate(settings.optim, settings.batch_size)
+        if settings.sync_batch_norm and self.world > 1:
+            if not cuda:
+                raise CarinaError("sync_batch_norm works on GPUs alone; leave it at false here")
+            task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
         self.task = task.to(self.device)
-        optimizer = make_optimizer(self.task, settings.optim, self.peak)
+        if settings.compile:
+            for part in self.task.modules():
+                if isinstance(part, Backbone):  # pooled and dense methods both pass through it
+                    part.network.forward_features = torch.compile(part.network.forward_features)
+        optimizer = make_optimizer(self.task, settings.optim, self.peak, self.task.backbone.network)
         with warnings.catch_warnings():
             # newer torch calls it forward_sync_buffers, which accelerate cannot pass on yet
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
@@ -161,25 +199,31 @@ class Engine:
         torch.manual_seed(hash64("step", self.settings.seed, step, self.rank) >> 1)
         rate = rate_at(step, self.plan.steps, self.peak, self.settings.optim)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         self.model.train()
         sums: dict[str, torch.Tensor] = {}
         for number, piece in enumerate(pieces):
             last = number == len(pieces) - 1
             with self.accelerator.no_sync(self.model) if not last else contextlib.nullcontext():
-                losses = self.model(piece)
+                with self.accelerator.autocast():
+                    losses = self.model(piece)
                 self.accelerator.backward(losses["loss"] / len(pieces))
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() / len(pieces)
         names = sorted(sums)
-        values = self.accelerator.reduce(torch.stack([sums[name] for name in names]), "mean").tolist()
-        means = dict(zip(names, values))
-        finite = all(math.isfinite(value) for value in values)
+        ranks = self.accelerator.gather(torch.stack([sums[name] for name in names])[None]).cpu()
+        means = dict(zip(names, ranks.mean(dim=0).tolist()))
+        finite = bool(torch.isfinite(ranks).all())
+        self.sick = [
+            f"{name} on rank {rank}" for rank, row in enumerate(ranks.tolist())
+            for name, value in zip(names, row) if not math.isfinite(value)
+        ]  # fmt: skip
         if finite:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.optim.clip or math.inf)
-            means["grad_norm"] = float(norm)
+            means["grad_norm"] = float(whole(norm))
             # a gradient scaler (fp16) meets infinite gradients on purpose and skips them by itself
             finite = self.accelerator.scaler is not None or math.isfinite(means["grad_norm"])
+            self.sick = [] if finite else ["the gradient"]
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -190,36 +234,39 @@ class Engine:
 
     def save(self, run: Run, step: int, seconds: float) -> None:
         """Write checkpoints/step-XXXXXXXX (the state after `step` steps) and drop the oldest beyond what is kept."""
+        task, optimizer = task_tensors(self.task), optimizer_tensors(self.optimizer.optimizer)
         if self.rank == 0:
-            with atomic_folder(run.folder / "checkpoints" / f"step-{step:08d}") as folder:
-                save_tensors(folder / "task.safetensors", self.task.state_dict())
-                save_tensors(folder / "optimizer.safetensors", optimizer_tensors(self.optimizer.optimizer))
-                scaler = self.accelerator.scaler
-                write_json(
-                    folder / "state.json",
-                    {"step": step, "seconds": seconds, "scaler": scaler.state_dict() if scaler else None},
-                )
-            for old in checkpoints(run)[: -self.settings.keep_checkpoints]:
-                shutil.rmtree(old)
+            scaler = self.accelerator.scaler
+            facts = {"seconds": seconds, "scaler": scaler.state_dict() if scaler else None}
+            keep = {"keep": self.settings.keep_checkpoints, "keep_every": self.settings.keep_every}
+            save_checkpoint(run, step, task, optimizer, facts, **keep)
         self.accelerator.wait_for_everyone()
 
     def load(self, run: Run) -> tuple[int, float]:
         """Take the newest checkpoint; returns the step to go on from and the seconds spent so far."""
-        found = checkpoints(run)
-        if not found:
+        found = newest_checkpoint(run)
+        if found is None:
             return 0, 0.0
-        folder = found[-1]
-        self.task.load_state_dict(load_tensors(folder / "task.safetensors"))
-        load_optimizer_tensors(self.optimizer.optimizer, load_tensors(folder / "optimizer.safetensors"))
-        state = read_json(folder / "state.json")
+        task, optimizer, state = found
+        load_task_tensors(self.task, task)
+        load_optimizer_tensors(self.optimizer.optimizer, optimizer)
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return state["step"], state["seconds"]
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
-    def fit(self, run: Run, *, resume: bool = False) -> dict[str, Any]:
-        """Train to the last step; returns facts for the card (steps, images, hours, device)."""
+    def fit(
+        self,
+        run: Run,
+        *,
+        resume: bool = False,
+        observe: Callable[[int, dict[str, float]], dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """Train to the last step; returns facts for the card (steps, images, hours, device).
+
+        observe: called on rank 0 after every sound step with its number and mean losses; what it returns is logged.
+        """
         first, spent = self.load(run) if resume else (0, 0.0)
         main = self.rank == 0
         if main:
@@ -240,14 +287,14 @@ class Engine:
                     wait = self.batches.waited / max(now - began, 1e-9)
                     last_log = now
                     if main:
+                        seen = observe(step, means) if observe is not None and finite else {}
                         tracker.step({"step": step, **_json_numbers(means), "images_per_second": round(rate, 1),
-                                      "data_wait": round(wait, 4)})  # fmt: skip
+                                      "data_wait": round(wait, 4), **seen})  # fmt: skip
                     progress.advance(1, f"loss {means['loss']:.4f}  {rate:,.0f} images/s  data wait {wait:.0%}")
                     if bad >= NAN_LIMIT:
-                        names = [name for name, value in means.items() if not math.isfinite(value)]
                         raise CarinaError(
-                            f"{', '.join(names)} was not finite {NAN_LIMIT} times in a row at step {step} (rank "
-                            f"{self.rank}); start anew with another out= and a lower optim.lr, optim.clip=1 or precision=no"
+                            f"{', '.join(self.sick)} was not finite {NAN_LIMIT} times in a row, last at step {step}; start "
+                            "anew with another out= and a lower optim.lr, optim.clip=1 or precision=no"
                         )
                     done = step + 1
                     seconds = spent + now - began
@@ -261,11 +308,10 @@ class Engine:
                             f"{word} after step {done} of {self.plan.steps}; a checkpoint is written: go on with --resume",
                             128 + stop,
                         )
-        except torch.OutOfMemoryError:
-            raise CarinaError(
-                f"out of memory with micro-batches of {self.plan.micro_batch} at scale {max(self.plan.scales)}; double "
-                f"accumulate (now {self.plan.accumulate}), or lower batch_size or the scale, and start anew"
-            ) from None
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise CarinaError(self._out_of_memory()) from None
         finally:
             if tracker is not None:
                 tracker.close()
@@ -290,10 +336,23 @@ class Engine:
         run.log(
             f"{self.name}: {self.plan.count} images, {self.plan.steps} steps of {s.batch_size} "
             f"({self.plan.steps * s.batch_size / self.plan.count:.1f} epochs), scale {list(self.plan.scales)}, "
-            f"{self.device.type} x {self.world}, precision {s.precision}, learning rate {self.peak:.3g} ({s.optim.lr_rule})"
+            f"{self.device.type} x {self.world}, precision {s.precision}, learning rate "
+            f"{rate_in_words(s.optim, s.batch_size)}"
         )
         if first:
             run.log(f"{self.name}: going on from step {first}")
+
+    def _out_of_memory(self) -> str:
+        s = self.settings
+        advice = [f"double accumulate (now {s.accumulate})"]
+        if not s.checkpoint_activations:
+            advice.append("give checkpoint_activations=true")
+        if s.precision == "no":
+            advice.append("give precision=bf16")
+        return (
+            f"out of memory with micro-batches of {self.plan.micro_batch} at scale {max(self.plan.scales)}; "
+            f"{', or '.join(advice)}, or lower batch_size or the scale, and start anew with another out="
+        )
 
     def machine(self) -> dict[str, Any]:
         facts: dict[str, Any] = {
@@ -310,38 +369,6 @@ class Engine:
                 "tf32": torch.backends.cuda.matmul.allow_tf32,
             }
         return facts
-
-    # -- a dry run --------------------------------------------------------------------------------------------------
-
-    def dry_run(self) -> dict[str, Any]:
-        """A few real steps, nothing written: what the whole recipe would take."""
-        durations = []
-        for step, pieces in self.batches.from_step(0):
-            began = time.perf_counter()
-            self.step(step, pieces)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            durations.append(time.perf_counter() - began)
-            if len(durations) >= DRY_STEPS:
-                break
-        each = float(np.median(durations[1:] or durations))
-        # ru_maxrss counts kilobytes on Linux and bytes on macOS
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else resident
-        state = sum(v.numel() * v.element_size() for v in self.task.state_dict().values())
-        state += sum(v.numel() * v.element_size() for v in optimizer_tensors(self.optimizer.optimizer).values())
-        return {
-            **self.machine(),
-            "steps": self.plan.steps,
-            "images_per_second": round(self.plan.batch_size / each, 1),
-            "seconds_per_step": round(each, 4),
-            "hours": round(each * self.plan.steps / 3600, 4),
-            "time": clock(each * self.plan.steps),
-            "memory_gib": round(memory / 2**30, 3),
-            "checkpoint_mib": round(state / 2**20, 1),
-            "disk_mib": round(state * (self.settings.keep_checkpoints + 1) / 2**20, 1),
-            "learning_rate": self.peak,
-        }
 
     # -- signals ----------------------------------------------------------------------------------------------------
 
@@ -367,6 +394,14 @@ def _json_numbers(values: dict[str, float]) -> dict[str, float | None]:
     return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
-def checkpoints(run: Run) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted((run.folder / "checkpoints").glob("step-*"))
+def _sharding(task: Task) -> FullyShardedDataParallelPlugin:
+    """FSDP2 with the network's repeated blocks as units. Weights stay in float32; autocast decides what is computed in."""
+    names = {type(part).__name__ for part in task.backbone.network.modules()}
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=sorted(name for name in names if name.endswith(BLOCKS)),
+        reshard_after_forward=True,
+        state_dict_type="FULL_STATE_DICT",
+        mixed_precision_policy=MixedPrecisionPolicy(),
+    )

@@ -1,12 +1,15 @@
-"""Optimizers, the learning-rate rule and the schedule."""
+"""Optimizers, the learning-rate rule, the schedules, and averaged copies."""
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Annotated, Literal
 
 import torch
+from lightly.utils.lars import LARS
 from pydantic import Field
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from carina.recipes import Section
@@ -15,11 +18,13 @@ from carina.recipes import Section
 class OptimSettings(Section):
     """Values and their meaning stand in the default.yaml of the stage."""
 
-    name: Literal["sgd", "adamw"]
+    name: Literal["sgd", "adamw", "lars"]
     lr: Annotated[float, Field(gt=0)]
     lr_rule: Literal["fixed", "linear", "sqrt"]
     momentum: Annotated[float, Field(ge=0, lt=1)]
+    beta2: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: Annotated[float, Field(ge=0)]
+    layer_decay: Annotated[float, Field(gt=0, le=1)]
     warmup: Annotated[float, Field(ge=0, lt=1)]
     final_lr: Annotated[float, Field(ge=0, le=1)]
     clip: Annotated[float, Field(gt=0)] | None
@@ -29,6 +34,15 @@ def base_rate(settings: OptimSettings, batch_size: int) -> float:
     """The peak learning rate: `lr` counts for 256 images a step and grows linearly or by the root, unless fixed."""
     power = {"fixed": 0.0, "linear": 1.0, "sqrt": 0.5}[settings.lr_rule]
     return settings.lr * (batch_size / 256) ** power
+
+
+def rate_in_words(settings: OptimSettings, batch_size: int) -> str:
+    """The peak learning rate with how it came about."""
+    peak = f"{base_rate(settings, batch_size):.3g}"
+    if settings.lr_rule == "fixed":
+        return f"{peak} (fixed)"
+    root = "" if settings.lr_rule == "linear" else "square root of "
+    return f"{peak} = {settings.lr:g} x {root}{batch_size}/256 ({settings.lr_rule})"
 
 
 def rate_at(step: int, steps: int, peak: float, settings: OptimSettings) -> float:
@@ -41,36 +55,69 @@ def rate_at(step: int, steps: int, peak: float, settings: OptimSettings) -> floa
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(module: nn.Module, settings: OptimSettings, peak: float) -> torch.optim.Optimizer:
-    """Weights decay; biases and the parameters of normalization (one dimension or less) do not."""
-    decay = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
-    plain = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+def _groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Weights decay; biases, the parameters of normalization (one dimension or less) and what timm names do not."""
+    spared = {
+        parameter
+        for part in module.modules()
+        if hasattr(part, "no_weight_decay")
+        for name, parameter in part.named_parameters()
+        if name in part.no_weight_decay()
+    }
+    ours = [p for p in module.parameters() if p.requires_grad]
+    decay = [p for p in ours if p.ndim > 1 and p not in spared]
+    plain = [p for p in ours if p.ndim <= 1 or p in spared]
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def parameter_groups(module: nn.Module, settings: OptimSettings, network: nn.Module | None = None) -> list[dict]:
+    """Groups for an optimizer, each with `scale`, what its learning rate is multiplied by.
+
+    With `layer_decay` below 1 the layers of `network`, a timm network inside `module`, get layer_decay ** (layers above
+    them) (BEiT, Bao et al., arXiv 2106.08254); heads keep the full rate.
+    """
+    if network is None or settings.layer_decay == 1:
+        return [{**group, "scale": 1.0} for group in _groups(module, settings.weight_decay) if group["params"]]
+    spared = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
+    layered = param_groups_layer_decay(network, settings.weight_decay, spared, layer_decay=settings.layer_decay)
+    groups = [{**{k: g[k] for k in ("params", "weight_decay")}, "scale": g["lr_scale"]} for g in layered]
+    inside = {p for group in groups for p in group["params"]}
+    for group in _groups(module, settings.weight_decay):
+        outside = [p for p in group["params"] if p not in inside]
+        groups.append({"params": outside, "weight_decay": group["weight_decay"], "scale": 1.0})
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(
+    module: nn.Module, settings: OptimSettings, peak: float, network: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    groups = parameter_groups(module, settings, network)
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=peak, momentum=settings.momentum)
-    return torch.optim.AdamW(groups, lr=peak, betas=(settings.momentum, 0.999))
+    if settings.name == "lars":  # You et al., arXiv 1708.03888; groups without decay keep the plain rate
+        return LARS(groups, lr=peak, momentum=settings.momentum)
+    return torch.optim.AdamW(groups, lr=peak, betas=(settings.momentum, settings.beta2))
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as named tensors; parameters are numbered in the order of the groups."""
-    tensors = {}
-    for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        for name, value in optimizer.state.get(parameter, {}).items():
-            if value is not None:
-                tensors[f"{number}.{name}"] = torch.as_tensor(value)
-    return tensors
+def averaged(model: nn.Module) -> nn.Module:
+    """A copy without gradients, to be moved by `follow`."""
+    return copy.deepcopy(model).requires_grad_(False)
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for key, value in tensors.items():
-        number, name = key.split(".", 1)
-        parameter = parameters[int(number)]
-        # Adam counts its steps in a tensor that stays on the CPU
-        target = value if name == "step" else value.to(parameter.device).to(memory_format=_format(value))
-        optimizer.state[parameter][name] = target.clone()
+@torch.no_grad()
+def follow(average: nn.Module, model: nn.Module, momentum: float, *, buffers: bool = False) -> None:
+    """average = momentum * average + (1 - momentum) * model, in place, parameter by parameter; `buffers` copies those.
+
+    In place, so that it also holds for parameters that FSDP has sharded.
+    """
+    torch._foreach_lerp_(
+        list(average.parameters()), [parameter.detach() for parameter in model.parameters()], 1 - momentum
+    )
+    if buffers:
+        for old, new in zip(average.buffers(), model.buffers()):
+            old.copy_(new)
 
 
-def _format(value: torch.Tensor) -> torch.memory_format:
-    return torch.channels_last if value.ndim == 4 else torch.contiguous_format
+def rising(step: int, steps: int, start: float) -> float:
+    """A momentum that rises from `start` to 1 by half a cosine over the run (BYOL, Grill et al., arXiv 2006.07733)."""
+    return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * min(step / max(1, steps), 1.0)))

@@ -38,11 +38,10 @@ class Tracker:
             x_disable_machine_info=True,
             x_save_requirements=False,
         )
-        private = ("store", "out", "init", "backbone", "where")
         self.wandb = wandb.init(
             project="carina",
             dir=str(run.folder),
-            config={key: value for key, value in config.items() if key not in private or isinstance(value, dict)},
+            config=_public(config),
             settings=settings,
         )
 
@@ -55,3 +54,15 @@ class Tracker:
         if self.wandb is not None:
             self.wandb.finish()
             self.wandb = None
+
+
+PRIVATE = ("store", "out", "init", "backbone", "where")  # folders, and rows that may name a person
+
+
+def _public(config: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without what is the owner's own, at any depth."""
+    return {
+        key: _public(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in PRIVATE or isinstance(value, dict)
+    }

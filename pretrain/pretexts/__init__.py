@@ -42,12 +42,14 @@ class Pretext(nn.Module):
     and its loss.
 
     needs_masks: batches carry the lungs. mixes_batch: the loss of an image depends on the other images of the
-    micro-batch, so that `accumulate` changes the objective. healthy: what a healthy curve looks like, in words.
+    micro-batch, so that `accumulate` changes the objective. skips_parameters: some steps leave parameters of the backbone
+    or of its own without a gradient. healthy: what a healthy curve looks like, in words.
     remedy: what helps when it collapses. teacher: the averaged backbone of methods that have one.
     """
 
     needs_masks: ClassVar[bool] = False
     mixes_batch: ClassVar[bool] = True
+    skips_parameters: ClassVar[bool] = False
     healthy: ClassVar[str]
     remedy: ClassVar[str] = "lower optim.lr, or raise batch_size"
 

@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather
 from lightly.models.modules import MoCoProjectionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from pydantic import Field
@@ -24,6 +23,7 @@ from carina.imaging.views import make_view
 from carina.models.backbones import Backbone, seeded
 from carina.pretrain.pretexts import Corpus, Pretext, spread
 from carina.recipes import Section
+from carina.training.ranks import gather
 
 GROUPS = 4  # of the key batch; each has batch statistics of its own
 
@@ -70,6 +70,10 @@ class MoCo(Pretext):
         self.register_buffer("places", torch.zeros(len(corpus.scales), dtype=torch.int64))
         self.pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
+    @property
+    def teacher(self) -> Backbone:
+        return self.key_backbone
+
     def views(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         settings, size = self.corpus.views, self.corpus.size_of(batch.scale)
         return (
@@ -97,7 +101,7 @@ class MoCo(Pretext):
         queue, queue_owners = getattr(self, f"queue_{batch.scale}"), getattr(self, f"owners_{batch.scale}")
         with torch.autocast(queries.device.type, enabled=False):
             positive = (queries * keys).sum(dim=1, keepdim=True)
-            negative = queries @ queue.T.clone()
+            negative = queries @ queue.T
         negative = negative.masked_fill(owners[:, None] == queue_owners[None, :], float("-inf"))
         logits = torch.cat([positive, negative], dim=1) / self.settings.temperature
         target = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
@@ -111,7 +115,7 @@ class MoCo(Pretext):
         update_momentum(backbone, self.key_backbone, self.settings.momentum)
         update_momentum(self.head, self.key_head, self.settings.momentum)
         for scale, keys, owners in self.pending:
-            keys, owners = gather(keys.contiguous()), gather(owners.contiguous())
+            keys, owners = gather(keys), gather(owners)
             if not torch.isfinite(keys).all():  # a stray NaN must not stay in the queue
                 continue
             queue, queue_owners = getattr(self, f"queue_{scale}"), getattr(self, f"owners_{scale}")

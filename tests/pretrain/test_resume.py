@@ -42,6 +42,47 @@ def last_step(run: Path) -> int:
     return -1
 
 
+FAMILIES = {
+    "queue": ("debug/moco", "pretexts.moco.queue=32", "positives=patient"),
+    "teacher": ("debug/dino", "ema=0.9", "export=teacher"),
+    "prototypes": (
+        "debug/swav", "pretexts.swav.queue=32", "pretexts.swav.supervised=0.5", "pretexts.swav.labels=[abnormal]"
+    ),
+    "masks": ("debug/mae_vit",),
+    "tokens": ("debug/dinov2_vit",),
+    "mixture": ("debug/moco_anatpaste", "pretexts.byol.weight=0.5", "scales=[32,64]"),
+    "scales": ("debug/scales", "scales=[32,64]", "export=ema", "ema=0.9"),
+    "growing": ("debug/barlow", "scales=[32,64]", "scale_plan=growing", "optim.name=lars"),
+    "workers": ("debug/simclr", "workers=2"),
+}  # fmt: skip
+
+
+def killed(words: list[str], out: Path, kept: Path, moments: list[int]) -> None:
+    """Run the command and kill it at each of these steps, with --resume from the second time on; then let it end."""
+    killed_at, lasts = -1, []
+    for number, moment in enumerate(moments):
+        process = subprocess.Popen(words + (["--resume"] if number else []), stderr=subprocess.PIPE)
+        deadline = time.time() + 240
+        while last_step(out) < moment and process.poll() is None and time.time() < deadline:
+            time.sleep(0.002)
+        assert process.poll() is None, process.stderr.read().decode()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        before, killed_at = killed_at, last_step(out)
+        assert killed_at >= moment > before
+        shutil.copy(out / "metrics.jsonl", kept / f"killed-{number}.jsonl")
+        lasts.append(killed_at)
+    done = subprocess.run([*words, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert steps(out) == list(range(STEPS))
+    # It did not start over: the log says from where it went on, never more than one interval back.
+    lines = (out / "log.txt").read_text().splitlines()
+    resumed = [int(line.rsplit(" ", 1)[1]) for line in lines if "going on from" in line]
+    assert len(resumed) == len(moments)
+    for first, last in zip(resumed, lasts):
+        assert first >= last - EVERY
+
+
 @pytest.fixture(scope="module")
 def reference(carina, phantom_store, tmp_path_factory):
     out = tmp_path_factory.mktemp("reference") / "run"
@@ -51,36 +92,28 @@ def reference(carina, phantom_store, tmp_path_factory):
     return out
 
 
-def test_killed_three_times_and_resumed_gives_the_same_bits(carina, phantom_store, reference, tmp_path):
+def test_killed_three_times_and_resumed_gives_the_same_bits(phantom_store, reference, tmp_path):
     out = tmp_path / "run"
     words = [sys.executable, "-m", "carina", "pretrain", "debug/moco_anatpaste", f"store={phantom_store}", f"out={out}"]
     words += ["scales=[32,64]", *COMMON, "--quiet"]
-    moments = sorted(random.Random(7).sample(range(6, STEPS - 4), 3))
-    killed_at = -1
-    for number, moment in enumerate(moments):
-        process = subprocess.Popen(words + (["--resume"] if number else []), stderr=subprocess.PIPE)
-        deadline = time.time() + 120
-        while last_step(out) < moment and process.poll() is None and time.time() < deadline:
-            time.sleep(0.002)
-        assert process.poll() is None, process.stderr.read().decode()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        before, killed_at = killed_at, last_step(out)
-        assert killed_at >= moment > before
-        shutil.copy(out / "metrics.jsonl", tmp_path / f"killed-{number}.jsonl")
-    carina(*words[3:], "--resume")
+    killed(words, out, tmp_path, sorted(random.Random(7).sample(range(6, STEPS - 4), 3)))
     assert same(out, reference)
-    assert steps(out) == list(range(STEPS))
-    # It did not start over: checkpoints are whole, and the log says from where it went on.
-    resumed = [
-        int(line.rsplit(" ", 1)[1]) for line in (out / "log.txt").read_text().splitlines() if "going on from" in line
-    ]
-    kills = [
-        last for last in (json.loads(p.read_text().splitlines()[-1])["step"] for p in sorted(tmp_path.glob("killed-*")))
-    ]
-    assert len(resumed) == 3
-    for first, last in zip(resumed, kills):
-        assert first >= last - EVERY
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_killed_five_times_and_resumed_gives_the_same_bits(family, phantom_store, carina, tmp_path):
+    recipe, *extra = FAMILIES[family]
+    common = [word for word in COMMON if "queue" not in word]
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    base = ["pretrain", recipe, f"store={phantom_store}", *common, *extra, "--quiet"]
+    carina(*base, f"out={whole}")
+    moments = sorted(random.Random(family).sample(range(2, STEPS - 6), 5))
+    killed([sys.executable, "-m", "carina", *base, f"out={out}"], out, tmp_path, moments)
+    assert same(out, whole)
+    newest = [load_file(sorted((run / "checkpoints").iterdir())[-1] / "task.safetensors") for run in (whole, out)]
+    assert newest[0].keys() == newest[1].keys()
+    assert all(torch.equal(newest[0][key], newest[1][key]) for key in newest[0])
 
 
 def test_the_same_recipe_twice_and_any_number_of_workers(carina, phantom_store, reference, tmp_path):
