@@ -40,7 +40,7 @@ from carina.errors import CarinaError, Preempted, nearest
 from carina.files import atomic_path, read_json, write_json
 from carina.finetune.classify import probe
 from carina.finetune.recipe import ProbeSettings
-from carina.metrics.intervals import difference, holm, interval
+from carina.metrics.intervals import Interval, difference, holm, interval
 from carina.metrics.ranking import auroc
 from carina.metrics.representation import rankme
 from carina.metrics.resampling import Replicates, replicate
@@ -405,7 +405,7 @@ class Measured:
             "dimension": features[0].shape[1],
             "rankme": round(float(np.mean([rankme(values) for values in features])), 1),
             **self.facts,
-            "auroc": {name: interval(found, 0).to_dict() for name, found in self.replicates.items()},
+            "auroc": {name: brief(interval(found, 0)) for name, found in self.replicates.items()},
             "by_strength": self.by_strength(),
         }
 
@@ -419,33 +419,43 @@ class Measured:
         return values
 
 
-def contrasts(measured: dict[str, Measured]) -> list[dict[str, Any]]:
-    """Paired differences of every trained arm from every untrained one; all but the primary one corrected together by
-    Holm's method."""
+def brief(found: Interval) -> dict[str, Any]:
+    """What a table needs of an interval; counts stand once beside the data."""
+    values = found.to_dict()
+    kept = {name: round(values[name], 4) for name in ("value", "low", "high")}
+    return kept if found.estimable else {**kept, "not_estimable": found.reason}
+
+
+def contrasts(measured: dict[str, Measured], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Paired differences of every trained arm: from every untrained one on the headline tests, from the weights that it
+    began with on NIH's single labels too. All but the primary one are corrected together by Holm's method."""
     found = []
     for name, arm in measured.items():
-        if arm.arm.recipe is None:
-            continue
-        against = [other for other, row in measured.items() if row.arm.recipe is None]
-        for other in against:
-            for test in HEADLINE:
-                value = difference(arm.replicates[test], measured[other].replicates[test], 0).to_dict()
-                found.append({"arm": name, "minus": other, "test": test, **value})
+        for other, control in measured.items():
+            if arm.arm.recipe is None or control.arm.recipe is not None:
+                continue
+            for test in (*HEADLINE, *(f"nih {label}" for label in labels if other == arm.arm.start)):
+                value = difference(arm.replicates[test], control.replicates[test], 0)
+                found.append({"arm": name, "minus": other, "test": test, **brief(value), "p": round(value.p_value, 5)})
     rest = [line for line in found if (line["arm"], line["minus"], line["test"]) != PRIMARY]
-    for line, corrected in zip(rest, holm(np.array([line["p_value"] for line in rest], dtype=np.float64))):
+    for line, corrected in zip(rest, holm(np.array([line["p"] for line in rest], dtype=np.float64))):
         line["p_holm"] = round(float(corrected), 5)
     return found
 
 
 def verdicts(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The two questions asked beforehand, answered by intervals."""
+    """The two questions asked beforehand, answered by intervals; the second line holds methods to the stronger control."""
     first = f"kermany {min(DRAWS)}"
-    random = {line["arm"]: line for line in lines if line["minus"] == "random" and line["test"] == first}
-    better = [name for name, line in random.items() if name != PRIMARY[0] and line["low"] > 0]
+
+    def above(control: str) -> list[str]:
+        mine = [line for line in lines if line["minus"] == control and line["test"] == first]
+        return [line["arm"] for line in mine if line["arm"] != PRIMARY[0] and line["low"] > 0]
+
     primary = next((line for line in lines if (line["arm"], line["minus"], line["test"]) == PRIMARY), None)
     return {
-        "better_than_random_at_16": better,
-        "two_or_more_better": len(better) >= 2,
+        "better_than_random_at_16": above("random"),
+        "better_than_opened_at_16": above("opened"),
+        "two_or_more_better_than_random": len(above("random")) >= 2,
         "continued_does_not_lose": None if primary is None else primary["high"] >= 0,
     }
 
@@ -460,7 +470,7 @@ def table(given: Arguments, arms: Sequence[Arm]) -> dict[str, Any]:
         for arm in present:
             measured[arm.name] = Measured(arm, given, few, nih, every)
             progress.advance(note=arm.name)
-    lines = contrasts(measured)
+    lines = contrasts(measured, [label for label in nih.labels if label != ABNORMAL])
     return {
         "benchmark": "pretexts",
         "settings": {

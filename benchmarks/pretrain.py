@@ -5,8 +5,8 @@
                                   [steps=12] [warm=3] [curve_steps=60] [workers=2] [threads=N] [work=FOLDER]
 
 loop: ResNet-18, SimCLR, `carina pretrain`'s own engine on the store, against the same step on one batch that stays in
-memory, images a second in the fastest precision of the machine. views: reading and two views of every image, on one core
-and one thread, against lightly's SimCLRTransform on the same stored bytes (PIL; crop, rotation, blur, and a jitter of
+memory, images a second in the fastest precision of the machine. views: reading and two views of every image, on one
+core and one thread, against lightly's SimCLRTransform on the same stored bytes (PIL; crop, rotation, blur, a jitter of
 brightness and contrast where carina has gamma and shift). peers: SimCLR, ResNet-18, the same images (as PNG files for
 the peers), each program's own training loop in a process of its own, in float32 and bf16; `lightly_train` and
 `stable_pretraining` are Python interpreters of environments that hold lightly-train 0.18 and stable-pretraining 0.1.8.
@@ -173,8 +173,8 @@ def views(arguments: Arguments, folder: Path) -> dict[str, Any]:
     plan = Plan(len(selection), arguments.batch_size, 1, 1, 0, (arguments.size,), 0, count)
     peer = SimCLRTransform(
         input_size=arguments.size, cj_prob=1.0, cj_bright=0.2, cj_contrast=0.2, cj_sat=0.0, cj_hue=0.0, min_scale=0.5,
-        random_gray_scale=0.0, gaussian_blur=1.0, sigmas=(0.1, settings.blur * arguments.size), hf_prob=0.0, rr_prob=1.0,
-        rr_degrees=settings.rotation, normalize=None,
+        random_gray_scale=0.0, gaussian_blur=1.0, sigmas=(0.1, settings.blur * arguments.size), hf_prob=0.0,
+        rr_prob=1.0, rr_degrees=settings.rotation, normalize=None,
     )  # fmt: skip
 
     batches = Batches(selection, plan, device=torch.device("cpu"))
@@ -272,8 +272,10 @@ def compare(run: Callable[..., dict[str, Any]], arguments: Arguments, precision:
     def side(name: str) -> Callable[[], float]:
         def measure() -> float:
             result = run(name, steps, precision)
-            facts.setdefault(name, {"channels": result["channels"], "packages": result["packages"], "data_wait": []})
-            facts[name]["data_wait"] += [result["data_wait"]] if "data_wait" in result else []
+            fact = facts.setdefault(name, {key: result[key] for key in ("channels", "packages")})
+            for key in ("data_wait", "images_per_processor_second"):
+                if key in result:
+                    fact.setdefault(key, []).append(result[key])
             return result["images_per_second"]
 
         return measure
@@ -284,8 +286,10 @@ def compare(run: Callable[..., dict[str, Any]], arguments: Arguments, precision:
         "images_per_second": medians,
         "runs": found,
         "ratio": {name: round(medians["carina"] / value, 2) for name, value in medians.items() if name != "carina"},
-        "data_wait": statistics.median(facts["carina"]["data_wait"]),
-        "sides": {name: {key: fact[key] for key in ("channels", "packages")} for name, fact in facts.items()},
+        "sides": {
+            name: {key: statistics.median(value) if isinstance(value, list) else value for key, value in fact.items()}
+            for name, fact in facts.items()
+        },
     }
 
 
@@ -375,6 +379,12 @@ def shown(result: dict[str, Any], console: Console) -> None:
                 ratios = ", ".join(f"{side} {ratio}" for side, ratio in row["ratio"].items())
                 table.add_row(name, rates, ratios, str(row.get("bar", "")))
         console.print(table)
+    if "gpu" in result:
+        found = result["gpu"]
+        wait = found["sides"]["carina"]["data_wait"]
+        console.print(
+            f"{found['gpu']}: carina waited for data {wait:.1%} of the time (bar {found['bar_data_wait']:.0%})"
+        )
 
 
 def main(words: Sequence[str] | None = None) -> int:

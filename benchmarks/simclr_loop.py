@@ -3,9 +3,11 @@
     PYTHON benchmarks/simclr_loop.py JSON_FILE
 
 `benchmarks/pretrain.py` writes the JSON file and runs this script in the environment of each side, so nothing of carina
-is imported unless the side is carina. All sides get the same images, batch, augmentations (as near as their settings
-go), head depth, temperature, optimizer, precision, threads and workers; telemetry and loggers are off. The clock runs
-inside the process from the end of step `warm` to the end of the last one, so that no start-up is counted.
+is imported unless the side is carina. All sides get
+the same images, batch, augmentations (as near as their settings go), head depth, temperature, optimizer, precision,
+threads and workers; telemetry and loggers are off. Their losses are alike, not equal: carina's has no negatives of the
+same patient, and the rates warm up in different ways. The clock runs inside the process from the end of step `warm` to
+the end of the last one, so that no start-up is counted.
 """
 
 from __future__ import annotations
@@ -34,11 +36,13 @@ JITTER = 0.2  # peers have no gamma; a jitter of brightness and contrast takes a
 
 
 class Marks:
-    """When every step ended, and its loss as a tensor that nobody has waited for yet."""
+    """When every step ended (wall clock, and processor time of this process without its workers), and its loss as a
+    tensor that nobody has waited for yet."""
 
     def __init__(self, steps: int, warm: int):
         self.steps, self.warm = steps, warm
         self.times: list[float] = []
+        self.processor: list[float] = []
         self.losses: list[Any] = []
 
     def step(self, loss: Any) -> None:
@@ -48,11 +52,14 @@ class Marks:
         if torch.cuda.is_available() and len(self.losses) in (self.warm, self.steps):
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
+        self.processor.append(time.process_time())
 
     def result(self, batch_size: int) -> dict[str, Any]:
-        seconds = self.times[-1] - self.times[self.warm - 1]
+        wall, processor = (taken[-1] - taken[self.warm - 1] for taken in (self.times, self.processor))
+        images = batch_size * (len(self.times) - self.warm)
         return {
-            "images_per_second": round(batch_size * (len(self.times) - self.warm) / seconds, 2),
+            "images_per_second": round(images / wall, 2),
+            "images_per_processor_second": round(images / processor, 2),
             "losses": [round(float(loss), 4) for loss in self.losses],
         }
 

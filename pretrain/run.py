@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from carina.data.batches import Batch, intensity
+from carina.data.batches import Batch, Plan, intensity
 from carina.data.manifest import seen_rows, write_manifest
 from carina.data.store import LABEL, Selection, select
 from carina.errors import CarinaError
@@ -35,6 +35,7 @@ from carina.training.engine import Engine, Task, resolved
 from carina.training.forecast import forecast
 from carina.training.optim import averaged, follow
 from carina.training.states import task_tensors
+from carina.training.tracking import public
 
 
 class Pretraining(Task):
@@ -103,6 +104,18 @@ def build_task(recipe: PretrainRecipe, selection: Selection, world: int) -> Pret
         raise CarinaError("every pretext has weight 0; give one a weight, as in pretexts.moco.weight=1")
     if recipe.size and recipe.norms == "per_size":
         raise CarinaError("norms=per_size has no use where size= brings every scale to one size; leave one of them out")
+    # first of all what is wrong with the batches themselves, which every method would tell in its own way
+    Plan(
+        count=len(selection),
+        batch_size=recipe.batch_size,
+        accumulate=recipe.accumulate,
+        world=world,
+        rank=0,
+        scales=tuple(recipe.scales),
+        seed=recipe.seed,
+        steps=recipe.total_steps(len(selection)),
+        scale_plan=recipe.scale_plan,
+    )
     size = recipe.size or recipe.scales[0]
     mean, std = intensity(selection, recipe.scales[0])
     reference = recipe.init if recipe.init != "random" else f"random:{recipe.architecture}"
@@ -167,6 +180,7 @@ def pretrain(
     masks = any(pretext.needs_masks for pretext in task.pretexts.values())
     if masks:
         selection.check_lungs()
+    recipe = recipe.model_copy(update={"architecture": task.backbone.spec.name})  # what init= brought, where it did
     exported = _path_of(task.exported(recipe.export), task)
     template = copy.deepcopy(task.exported(recipe.export))  # whole and on the CPU, whatever becomes of the task
     engine = Engine(
@@ -237,8 +251,8 @@ def _export(
         "store_hashes": selection.hashes,
         "synthetic": selection.synthetic,
         "transductive": recipe.rows != "train" or bool(backbone_record(recipe.init).get("transductive", False)),
-        "pretext_saw": what_was_seen(selection),
-        "labels_used": _labels_used(recipe, labels),
+        "pretext_saw": _with_earlier(what_was_seen(selection), recipe.init, "pretext_saw"),
+        "labels_used": _with_earlier(_labels_used(recipe, labels), recipe.init, "labels_used"),
         "data": corpus_facts(selection),
         "training": {**facts, "recipe": published_recipe(recipe)},
     }
@@ -249,6 +263,16 @@ def _export(
         run.folder, seen_rows(selection, "pretrain"), began_with=recipe.init, natural_images=recipe.init in EXTERNAL
     )
     write_backbone(run.folder / "backbone", backbone, record, backbone_card(backbone, record))
+
+
+def _with_earlier(now: str, reference: str, key: str) -> str:
+    """What this run adds to what its initial weights had seen or used already."""
+    if reference == "random":
+        return now
+    if reference in EXTERNAL:
+        return f"{now}; before: {EXTERNAL[reference].spec.origin}"
+    earlier = backbone_record(reference).get(key, "unknown")
+    return now if earlier == now else f"{now}; before: {earlier}"
 
 
 def _labels_used(recipe: PretrainRecipe, labels: list[str]) -> str:
@@ -284,12 +308,8 @@ def corpus_facts(selection: Selection) -> dict[str, Any]:
 
 
 def published_recipe(recipe: PretrainRecipe) -> dict[str, Any]:
-    """The recipe without folders, which are the owner's own."""
-    values = recipe.model_dump(mode="json")
-    for key in ("store", "out", "init"):
-        values.pop(key)
-    values["watch"].pop("store")
-    return values
+    """The recipe without folders and the condition on rows, which are the owner's own."""
+    return public(recipe.model_dump(mode="json"))
 
 
 def listing() -> list[dict[str, Sequence[str] | str]]:

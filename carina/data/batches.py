@@ -65,8 +65,8 @@ class Plan:
     """Which rows every micro-batch of every step holds, and at which scale.
 
     batch_size counts the images of one optimizer step over all ranks and micro-batches; it is cut into `accumulate`
-    micro-batches, and each of those into `world` equal parts. scale_plan: `mixed` takes the scales in turn, a step each;
-    `growing` one after the other, each for its share of the steps (`shares`, positive, of any sum; default equal).
+    micro-batches, and each of those into `world` equal parts. scale_plan: `mixed` takes the scales in turn, a step
+    each; `growing` one after the other, each for its share of the steps (`shares`, of any sum; default equal).
     """
 
     count: int
@@ -78,7 +78,6 @@ class Plan:
     seed: int
     steps: int
     scale_plan: ScalePlan = "mixed"
-    shares: tuple[float, ...] | None = None
 
     def __post_init__(self):
         if self.batch_size > self.count:
@@ -90,15 +89,10 @@ class Plan:
                 f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} x {self.world} equal "
                 f"parts; give a multiple of {self.accumulate * self.world}"
             )
-        shares = self.shares
-        if shares is not None and (len(shares) != len(self.scales) or min(shares) <= 0):
-            raise CarinaError(
-                f"the shares {list(shares)} do not fit the scales {list(self.scales)}; give one positive number a scale"
-            )
         if self.scale_plan == "growing" and len(set((0, *self.ends))) <= len(self.scales):
             raise CarinaError(
-                f"{self.steps} steps are too few for scales {list(self.scales)} with shares "
-                f"{list(shares or (1,) * len(self.scales))}; give more steps or fewer scales"
+                f"{self.steps} steps are too few for scales {list(self.scales)} one after the other; give more steps or "
+                "fewer scales"
             )
 
     @property
@@ -112,8 +106,8 @@ class Plan:
     @property
     def ends(self) -> tuple[int, ...]:
         """The step before which each scale of a growing plan ends."""
-        shares = np.cumsum(self.shares or (1.0,) * len(self.scales))
-        return tuple(int(end) for end in np.rint(self.steps * shares / shares[-1]))
+        count = len(self.scales)
+        return tuple(round(self.steps * (place + 1) / count) for place in range(count))
 
     def epoch(self, step: int) -> int:
         return step // self.steps_per_epoch

@@ -12,7 +12,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from carina.draws import Draws
 from carina.recipes import Section
@@ -23,21 +23,33 @@ CACHED = 2**17  # pixels of a view that a CPU works on at a time, so that they s
 NARROW = 4  # radius in pixels up to which a blur is a few shifted sums; a wide one is a convolution
 
 
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"the first bound must not be above the second; give [{pair[1]}, {pair[0]}]")
+    return pair
+
+
+Positive = Annotated[float, Field(gt=0)]
+Bounds = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Shares = Annotated[tuple[Share, Share], AfterValidator(_ordered)]
+
+
 class ViewSettings(Section):
     """What a view may change. A parameter at its neutral value costs nothing and draws nothing.
 
     area: share of the image that is kept; aspect: of the crop; rotation: largest angle in degrees; shift: largest, as a
-    share of the side; flip: probability of a left-right mirror image (the heart has a side: 0, unless a published recipe
-    is repeated); blur: largest sigma as a share of the side; gamma: exponent; brightness, contrast: largest relative
+    share of the side; flip: probability of a mirror image (the heart has a side: 0, unless a published recipe is
+    repeated); blur: largest sigma as a share of the side; gamma: exponent; brightness, contrast: largest relative
     change; noise: largest standard deviation of Gaussian noise, of the range. No cutout: a finding may be all there is.
     """
 
-    area: tuple[Fraction, Fraction]
-    aspect: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+    area: Shares
+    aspect: Bounds
     rotation: Annotated[float, Field(ge=0, le=180)]
     shift: Fraction
     flip: Fraction
-    gamma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+    gamma: Bounds
     brightness: Annotated[float, Field(ge=0, lt=1)]
     contrast: Annotated[float, Field(ge=0, lt=1)]
     blur: Annotated[float, Field(ge=0, le=0.1)]
@@ -48,8 +60,8 @@ class CropSettings(Section):
     """Multi-crop: two global views and `locals` small ones, each a share of the area; a local view's side is the share
     `local_size` of the global one's."""
 
-    global_area: tuple[Fraction, Fraction]
-    local_area: tuple[Fraction, Fraction]
+    global_area: Shares
+    local_area: Shares
     locals: Annotated[int, Field(ge=0)]
     local_size: Annotated[float, Field(gt=0, le=1)]
 
@@ -64,8 +76,8 @@ def _logs(bounds: tuple[float, float]) -> tuple[float, float]:
 
 
 def affine_matrices(draws: Draws, settings: ViewSettings, like: torch.Tensor) -> torch.Tensor:
-    """(B, 2, 3) matrices from output to input coordinates in [-1, 1], on the device of `like`: crop, rotation, shift and
-    flip in one resampling."""
+    """(B, 2, 3) matrices from output to input coordinates in [-1, 1], on the device of `like`: crop, rotation, shift
+    and flip in one resampling."""
     area = _uniform(draws, "area", *settings.area)
     root = torch.exp(_uniform(draws, "aspect", *_logs(settings.aspect)) / 2)
     width = (area.sqrt() * root).clamp(max=1.0)
@@ -171,7 +183,7 @@ def make_view(images: torch.Tensor, draws: Draws, settings: ViewSettings, size: 
     with torch.autocast(images.device.type, enabled=False):
         views = []
         for part, values in zip(images.split(count), packed.split(count)):
-            # A copy reads memory in order; the slanted lines of a rotation, straight from memory, take three times as long
+            # a copy reads memory in order; a rotation's slanted lines, straight from memory, take three times as long
             near = part.clone() if on_cpu else part
             views.append(_view(near, dict(zip(drawn, values.split(widths, dim=1))), settings, size))
     return views[0] if len(views) == 1 else torch.cat(views)

@@ -484,8 +484,8 @@ def load_backbone(
 def checkpoint_activations(backbone: Backbone) -> None:
     """Keep only the activations between blocks and compute the rest again in the backward pass: less memory, more time.
 
-    The gradients are the same (Chen et al., arXiv 1604.06174), dropout included; batch norms count each pass once in
-    their running statistics. Raises CarinaError for networks that timm cannot do it for.
+    The gradients are the same (Chen et al., arXiv 1604.06174), dropout included; batch norms move
+    their running statistics once. Raises CarinaError for networks that timm cannot do it for.
     """
     try:
         backbone.network.set_grad_checkpointing(True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -21,26 +20,23 @@ STEPS = 5
 WATTS_PER_THREAD = 10.0  # of a server CPU under load, with its share of memory; said to be assumed wherever it is used
 
 
-def gpu_watts() -> float | None:
-    """What the first visible GPU draws now, by nvidia-smi; None where it cannot be asked."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    asked = subprocess.run(
-        ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"],
-        capture_output=True, text=True, timeout=20,
-    )  # fmt: skip
+def gpu_watts(device: torch.device) -> float | None:
+    """What this GPU draws now, by nvidia-smi; None where it cannot be asked."""
+    identity = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    words = ["nvidia-smi", "-i", identity, "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
     try:
+        asked = subprocess.run(words, capture_output=True, text=True, timeout=20)
         return float(asked.stdout.split()[0])
-    except (IndexError, ValueError):  # [N/A] on cards that do not tell
-        return None
+    except (OSError, subprocess.TimeoutExpired, IndexError, ValueError):
+        return None  # no nvidia-smi, one that hangs, or [N/A] of a card that does not tell
 
 
 def watts(engine: Engine) -> tuple[float, str]:
     """Power of all ranks in watts, and how it is known."""
     if engine.device.type == "cuda":
-        measured = gpu_watts()
+        measured = gpu_watts(engine.device)
         if measured is not None:
-            return measured * engine.world, "measured on the first GPU in the last step, times the GPUs"
+            return measured * engine.world, "measured on this process's GPU in its last steps, times the GPUs"
         return 0.0, "unknown: nvidia-smi does not tell"
     threads = engine.settings.threads * engine.world
     return threads * WATTS_PER_THREAD, f"assumed {WATTS_PER_THREAD:g} W a CPU thread"
@@ -57,11 +53,12 @@ def forecast(engine: Engine) -> dict[str, Any]:
     for first in firsts.values():
         for step, pieces in islice(engine.batches.from_step(first), STEPS):
             began = time.perf_counter()
-            engine.step(step, pieces)
-            if engine.device.type == "cuda":
-                torch.cuda.synchronize(engine.device)
+            with engine.memory_told():
+                engine.step(step, pieces)
+                if engine.device.type == "cuda":
+                    torch.cuda.synchronize(engine.device)
             durations[pieces[0].scale].append(time.perf_counter() - began)
-        power = watts(engine)
+            power = watts(engine)  # right after a step: the card's figure is an average over the last moments
     # the first step of a scale also builds what later ones reuse
     per_scale = {scale: float(np.median(times[1:] or times)) for scale, times in durations.items()}
     each = float(np.mean(list(per_scale.values())))  # every plan gives each scale its equal share

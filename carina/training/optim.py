@@ -12,6 +12,7 @@ from pydantic import Field
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from carina.errors import CarinaError
 from carina.recipes import Section
 
 
@@ -24,6 +25,8 @@ class OptimSettings(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)]
     beta2: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: Annotated[float, Field(ge=0)]
+    final_weight_decay: Annotated[float, Field(gt=0)] | None
+    bias_scale: Annotated[float, Field(gt=0)]
     layer_decay: Annotated[float, Field(gt=0, le=1)]
     warmup: Annotated[float, Field(ge=0, lt=1)]
     final_lr: Annotated[float, Field(ge=0, le=1)]
@@ -55,6 +58,13 @@ def rate_at(step: int, steps: int, peak: float, settings: OptimSettings) -> floa
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def decay_at(step: int, steps: int, settings: OptimSettings) -> float:
+    """The weight decay, on its way to `final_weight_decay` by half a cosine where there is one (DINO, Caron et al.,
+    arXiv 2104.14294)."""
+    start, end = settings.weight_decay, settings.final_weight_decay
+    return start if end is None else end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
+
+
 def _groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """Weights decay; biases, the parameters of normalization (one dimension or less) and what timm names do not."""
     spared = {
@@ -71,26 +81,31 @@ def _groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def parameter_groups(module: nn.Module, settings: OptimSettings, network: nn.Module | None = None) -> list[dict]:
-    """Groups for an optimizer, each with `scale`, what its learning rate is multiplied by.
+    """Groups for an optimizer, each with `scale`, what its learning rate is multiplied by: `bias_scale` for what does not
+    decay.
 
     With `layer_decay` below 1 the layers of `network`, a timm network inside `module`, get layer_decay ** (layers above
     them) (BEiT, Bao et al., arXiv 2106.08254); heads keep the full rate.
     """
     if network is None or settings.layer_decay == 1:
-        return [{**group, "scale": 1.0} for group in _groups(module, settings.weight_decay) if group["params"]]
+        scales = (1.0, settings.bias_scale)
+        groups = [{**g, "scale": s} for g, s in zip(_groups(module, settings.weight_decay), scales)]
+        return [group for group in groups if group["params"]]
     spared = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
     layered = param_groups_layer_decay(network, settings.weight_decay, spared, layer_decay=settings.layer_decay)
     groups = [{**{k: g[k] for k in ("params", "weight_decay")}, "scale": g["lr_scale"]} for g in layered]
     inside = {p for group in groups for p in group["params"]}
-    for group in _groups(module, settings.weight_decay):
+    for group, scale in zip(_groups(module, settings.weight_decay), (1.0, settings.bias_scale)):
         outside = [p for p in group["params"] if p not in inside]
-        groups.append({"params": outside, "weight_decay": group["weight_decay"], "scale": 1.0})
+        groups.append({"params": outside, "weight_decay": group["weight_decay"], "scale": scale})
     return [group for group in groups if group["params"]]
 
 
 def make_optimizer(
     module: nn.Module, settings: OptimSettings, peak: float, network: nn.Module | None = None
 ) -> torch.optim.Optimizer:
+    if settings.name == "lars" and not settings.weight_decay:
+        raise CarinaError("lars adapts the rate of weights that decay; give optim.weight_decay above 0, as 1e-6")
     groups = parameter_groups(module, settings, network)
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=peak, momentum=settings.momentum)

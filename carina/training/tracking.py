@@ -41,7 +41,7 @@ class Tracker:
         self.wandb = wandb.init(
             project="carina",
             dir=str(run.folder),
-            config=_public(config),
+            config=public(config),
             settings=settings,
         )
 
@@ -59,10 +59,10 @@ class Tracker:
 PRIVATE = ("store", "out", "init", "backbone", "where")  # folders, and rows that may name a person
 
 
-def _public(config: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without what is the owner's own, at any depth."""
+def public(config: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without what is its owner's own, at any depth."""
     return {
-        key: _public(value) if isinstance(value, dict) else value
+        key: public(value) if isinstance(value, dict) else value
         for key, value in config.items()
         if key not in PRIVATE or isinstance(value, dict)
     }

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from carina.data.batches import Batch
-from carina.imaging.views import ViewSettings
+from carina.errors import CarinaError
+from carina.imaging.views import ViewSettings, make_view
 from carina.models.backbones import Backbone
 
 
@@ -56,6 +57,22 @@ class Pretext(nn.Module):
     def __init__(self, backbone: Backbone, settings: Any, corpus: Corpus):
         super().__init__()
         self.settings, self.corpus = settings, corpus
+
+    def needs_images(self, count: int, why: str) -> None:
+        """Raise CarinaError for micro-batches of fewer than `count` images on a process."""
+        if self.corpus.micro_batch < count:
+            raise CarinaError(
+                f"{why} and needs at least {count} images a process and micro-batch, not {self.corpus.micro_batch}; raise "
+                "batch_size or lower accumulate"
+            )
+
+    def pair(self, batch: Batch, first: str, second: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two views (B, 1, size, size) of each positive pair, drawn under these names."""
+        settings, size = self.corpus.views, self.corpus.size_of(batch.scale)
+        return (
+            make_view(batch.images, batch.draws.part(first), settings, size),
+            make_view(batch.others, batch.draws.part(second), settings, size),
+        )
 
     @property
     def labels(self) -> list[str]:

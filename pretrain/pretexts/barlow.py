@@ -13,8 +13,6 @@ from lightly.models.modules import BarlowTwinsProjectionHead
 from pydantic import Field
 
 from carina.data.batches import Batch
-from carina.errors import CarinaError
-from carina.imaging.views import make_view
 from carina.models.backbones import Backbone, seeded
 from carina.pretrain.pretexts import Corpus, Pretext, spread
 from carina.recipes import Section
@@ -42,21 +40,13 @@ class BarlowTwins(Pretext):
 
     def __init__(self, backbone: Backbone, settings: BarlowTwinsSettings, corpus: Corpus):
         super().__init__(backbone, settings, corpus)
-        if corpus.micro_batch < 2:
-            raise CarinaError(
-                "barlow correlates over the batch and needs at least 2 images a process and micro-batch; raise batch_size "
-                "or lower accumulate"
-            )
+        self.needs_images(2, "barlow correlates over the batch")
         width = settings.dimension
         with seeded(corpus.seed, "barlow head"):
             self.head = BarlowTwinsProjectionHead(backbone.dimension, width, width)
 
     def views(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        settings, size = self.corpus.views, self.corpus.size_of(batch.scale)
-        return (
-            make_view(batch.images, batch.draws.part("barlow first"), settings, size),
-            make_view(batch.others, batch.draws.part("barlow second"), settings, size),
-        )
+        return self.pair(batch, "barlow first", "barlow second")
 
     def loss(
         self, backbone: Backbone, views: tuple[torch.Tensor, torch.Tensor], batch: Batch

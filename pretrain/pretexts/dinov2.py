@@ -23,7 +23,7 @@ from torch import nn
 from carina.data.batches import Batch
 from carina.draws import Draws
 from carina.errors import CarinaError
-from carina.imaging.views import Fraction
+from carina.imaging.views import Shares
 from carina.models.backbones import Backbone, seeded
 from carina.pretrain.pretexts import Corpus, information, spread
 from carina.pretrain.pretexts.distillation import DistillationSettings, SelfDistillation, pair_entropy
@@ -35,7 +35,7 @@ BLOCKS = 4  # of a masked view
 class DINOv2Settings(DistillationSettings):
     ibot: Annotated[float, Field(ge=0)]
     koleo: Annotated[float, Field(ge=0)]
-    masked: tuple[Fraction, Fraction]
+    masked: Shares
 
 
 def block_masks(draws: Draws, side: int, share: tuple[float, float]) -> np.ndarray:

@@ -8,12 +8,10 @@ float32 (at a temperature of 0.04 the rounding of bf16 would show), for which th
 
 from __future__ import annotations
 
-import copy
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from lightly.models.utils import deactivate_requires_grad
 from pydantic import Field
 from torch import nn
 
@@ -24,7 +22,7 @@ from carina.models.backbones import Backbone, seeded
 from carina.pretrain.pretexts import Corpus, Pretext
 from carina.recipes import Section
 from carina.training import ranks
-from carina.training.optim import follow, rising
+from carina.training.optim import averaged, follow, rising
 
 
 class DistillationSettings(Section):
@@ -104,8 +102,7 @@ class SelfDistillation(Pretext):
         super().__init__(backbone, settings, corpus)
         check_sizes(name, backbone, settings.crops, corpus)
         self.name = name
-        self.teacher_backbone = copy.deepcopy(backbone)
-        deactivate_requires_grad(self.teacher_backbone)
+        self.teacher_backbone = averaged(backbone)
         self.heads, self.teacher_heads = nn.ModuleDict(), nn.ModuleDict()
         self.add_head("image", backbone.dimension)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -114,8 +111,7 @@ class SelfDistillation(Pretext):
     def add_head(self, kind: str, width: int) -> None:
         with seeded(self.corpus.seed, f"{self.name} {kind} head"):
             self.heads[kind] = PrototypeHead(width, self.settings)
-        self.teacher_heads[kind] = copy.deepcopy(self.heads[kind])
-        deactivate_requires_grad(self.teacher_heads[kind])
+        self.teacher_heads[kind] = averaged(self.heads[kind])
         for scale in self.corpus.scales:
             self.register_buffer(f"center_{kind}_{scale}", torch.zeros(self.settings.prototypes))
 

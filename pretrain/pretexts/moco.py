@@ -7,22 +7,20 @@ are those that keep the meaning of a radiograph (no flip, no cutout); every scal
 
 from __future__ import annotations
 
-import copy
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from lightly.models.modules import MoCoProjectionHead
-from lightly.models.utils import deactivate_requires_grad, update_momentum
 from pydantic import Field
 
 from carina.data.batches import Batch
 from carina.draws import permutation
 from carina.errors import CarinaError
-from carina.imaging.views import make_view
 from carina.models.backbones import Backbone, seeded
 from carina.pretrain.pretexts import Corpus, Pretext, spread
 from carina.recipes import Section
+from carina.training.optim import averaged, follow
 from carina.training.ranks import gather
 
 GROUPS = 4  # of the key batch; each has batch statistics of its own
@@ -46,16 +44,11 @@ class MoCo(Pretext):
         width = backbone.dimension
         with seeded(corpus.seed, "moco head"):
             self.head = MoCoProjectionHead(width, width, settings.dimension)
-        self.key_backbone = copy.deepcopy(backbone)
-        self.key_head = copy.deepcopy(self.head)
-        deactivate_requires_grad(self.key_backbone)
-        deactivate_requires_grad(self.key_head)
+        self.key_backbone = averaged(backbone)
+        self.key_head = averaged(self.head)
         self.has_batch_norm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
-        if self.has_batch_norm and corpus.micro_batch < 2 * GROUPS:
-            raise CarinaError(
-                f"moco with batch norm needs at least {2 * GROUPS} images a process and micro-batch, not "
-                f"{corpus.micro_batch}; raise batch_size or lower accumulate"
-            )
+        if self.has_batch_norm:
+            self.needs_images(2 * GROUPS, f"moco deals the keys of a network with batch norm into {GROUPS} groups")
         length = min(settings.queue, corpus.count // 2) // corpus.batch_size * corpus.batch_size
         if length == 0:
             raise CarinaError(
@@ -75,11 +68,7 @@ class MoCo(Pretext):
         return self.key_backbone
 
     def views(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        settings, size = self.corpus.views, self.corpus.size_of(batch.scale)
-        return (
-            make_view(batch.images, batch.draws.part("moco query"), settings, size),
-            make_view(batch.others, batch.draws.part("moco key"), settings, size),
-        )
+        return self.pair(batch, "moco query", "moco key")
 
     @torch.no_grad()
     def keys(self, images: torch.Tensor, key: tuple[int, ...]) -> torch.Tensor:
@@ -112,8 +101,8 @@ class MoCo(Pretext):
     @torch.no_grad()
     def after_step(self, backbone: Backbone, step: int) -> None:
         """Let the key network follow, then put the step's keys of all ranks into the queue."""
-        update_momentum(backbone, self.key_backbone, self.settings.momentum)
-        update_momentum(self.head, self.key_head, self.settings.momentum)
+        follow(self.key_backbone, backbone, self.settings.momentum)
+        follow(self.key_head, self.head, self.settings.momentum)
         for scale, keys, owners in self.pending:
             keys, owners = gather(keys), gather(owners)
             if not torch.isfinite(keys).all():  # a stray NaN must not stay in the queue

@@ -1,27 +1,26 @@
 """MoCo v3 (Chen et al., arXiv 2104.02057): a predicted query must find its key among the keys of the same step.
 
-No queue: negatives are the keys of all ranks, without those of the query's own patient. The patch embedding of a
-transformer may stay as it was initialized, which the paper found to keep training steady.
+No queue: negatives are the keys of all ranks, without those of the query's own patient. This loss leaves the patch
+embedding of a transformer alone, which the paper found to keep training steady; alone it stays as it was initialized,
+in a mixture the other methods train it. Both views pass the networks, and their batch norms, as one batch.
 """
 
 from __future__ import annotations
 
-import copy
+from contextlib import nullcontext
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from lightly.models.modules import MoCoProjectionHead
-from lightly.models.utils import deactivate_requires_grad, update_momentum
-from lightly.utils.scheduler import cosine_schedule
 from pydantic import Field
 
 from carina.data.batches import Batch
-from carina.errors import CarinaError
-from carina.imaging.views import make_view
 from carina.models.backbones import Backbone, seeded
 from carina.pretrain.pretexts import Corpus, Pretext, spread
+from carina.pretrain.pretexts.masking import hooked
 from carina.recipes import Section
+from carina.training.optim import averaged, follow, rising
 from carina.training.ranks import gather, own_rows
 
 
@@ -46,34 +45,23 @@ class MoCoV3(Pretext):
 
     def __init__(self, backbone: Backbone, settings: MoCoV3Settings, corpus: Corpus):
         super().__init__(backbone, settings, corpus)
-        if corpus.micro_batch < 2:
-            raise CarinaError(
-                "mocov3 finds its negatives in the batch and needs at least 2 images a process and micro-batch; raise "
-                "batch_size or lower accumulate"
-            )
+        self.needs_images(2, "mocov3 finds its negatives in the batch")
         hidden, out = settings.hidden, settings.dimension
         with seeded(corpus.seed, "mocov3 head"):
             self.head = MoCoProjectionHead(backbone.dimension, hidden, out, num_layers=3, batch_norm=True)
         with seeded(corpus.seed, "mocov3 predictor"):
             self.predictor = MoCoProjectionHead(out, hidden, out, num_layers=2, batch_norm=True)
-        self.key_backbone = copy.deepcopy(backbone)
-        self.key_head = copy.deepcopy(self.head)
-        deactivate_requires_grad(self.key_backbone)
-        deactivate_requires_grad(self.key_head)
-        patches = getattr(backbone.network, "patch_embed", None)
-        if settings.freeze_patches and patches is not None:
-            deactivate_requires_grad(patches)
+        self.key_backbone = averaged(backbone)
+        self.key_head = averaged(self.head)
+        self.frozen = settings.freeze_patches and backbone.family == "vit"
+        self.skips_parameters = self.frozen
 
     @property
     def teacher(self) -> Backbone:
         return self.key_backbone
 
     def views(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        settings, size = self.corpus.views, self.corpus.size_of(batch.scale)
-        return (
-            make_view(batch.images, batch.draws.part("mocov3 first"), settings, size),
-            make_view(batch.others, batch.draws.part("mocov3 second"), settings, size),
-        )
+        return self.pair(batch, "mocov3 first", "mocov3 second")
 
     def loss(
         self, backbone: Backbone, views: tuple[torch.Tensor, torch.Tensor], batch: Batch
@@ -81,7 +69,8 @@ class MoCoV3(Pretext):
         """InfoNCE of each view's queries among the other view's keys, both directions summed, times 2 x temperature
         (the paper's algorithm 1)."""
         images, temperature = torch.cat(views), self.settings.temperature
-        queries = self.predictor(self.head(backbone(images)))
+        with hooked(backbone.network.patch_embed, torch.detach) if self.frozen else nullcontext():
+            queries = self.predictor(self.head(backbone(images)))
         with torch.no_grad():
             keys = self.key_head(self.key_backbone(images))
         owners = batch.groups[self.settings.exclude]
@@ -101,6 +90,6 @@ class MoCoV3(Pretext):
     @torch.no_grad()
     def after_step(self, backbone: Backbone, step: int) -> None:
         """The key network follows, ever more slowly: its momentum rises to 1 by half a cosine."""
-        momentum = cosine_schedule(step, self.corpus.steps, self.settings.momentum, 1.0)
-        update_momentum(backbone, self.key_backbone, momentum)
-        update_momentum(self.head, self.key_head, momentum)
+        momentum = rising(step, self.corpus.steps, self.settings.momentum)
+        follow(self.key_backbone, backbone, momentum)
+        follow(self.key_head, self.head, momentum)

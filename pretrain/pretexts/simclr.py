@@ -14,8 +14,6 @@ from lightly.models.modules import SimCLRProjectionHead
 from pydantic import Field
 
 from carina.data.batches import Batch
-from carina.errors import CarinaError
-from carina.imaging.views import make_view
 from carina.models.backbones import Backbone, seeded
 from carina.pretrain.pretexts import Corpus, Pretext, spread
 from carina.recipes import Section
@@ -58,20 +56,12 @@ class SimCLR(Pretext):
 
     def __init__(self, backbone: Backbone, settings: SimCLRSettings, corpus: Corpus):
         super().__init__(backbone, settings, corpus)
-        if corpus.micro_batch < 2:
-            raise CarinaError(
-                "simclr finds its negatives in the batch and needs at least 2 images a process and micro-batch; raise "
-                "batch_size or lower accumulate"
-            )
+        self.needs_images(2, "simclr finds its negatives in the batch")
         with seeded(corpus.seed, "simclr head"):
             self.head = SimCLRProjectionHead(backbone.dimension, backbone.dimension, settings.dimension)
 
     def views(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        settings, size = self.corpus.views, self.corpus.size_of(batch.scale)
-        return (
-            make_view(batch.images, batch.draws.part("simclr first"), settings, size),
-            make_view(batch.others, batch.draws.part("simclr second"), settings, size),
-        )
+        return self.pair(batch, "simclr first", "simclr second")
 
     def loss(
         self, backbone: Backbone, views: tuple[torch.Tensor, torch.Tensor], batch: Batch

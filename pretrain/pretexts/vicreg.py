@@ -13,8 +13,6 @@ from lightly.models.modules.heads import VICRegProjectionHead
 from pydantic import Field
 
 from carina.data.batches import Batch
-from carina.errors import CarinaError
-from carina.imaging.views import make_view
 from carina.models.backbones import Backbone, seeded
 from carina.pretrain.pretexts import Corpus, Pretext, spread
 from carina.recipes import Section
@@ -51,21 +49,13 @@ class VICReg(Pretext):
 
     def __init__(self, backbone: Backbone, settings: VICRegSettings, corpus: Corpus):
         super().__init__(backbone, settings, corpus)
-        if corpus.micro_batch < 2:
-            raise CarinaError(
-                "vicreg takes variances over the batch and needs at least 2 images a process and micro-batch; raise "
-                "batch_size or lower accumulate"
-            )
+        self.needs_images(2, "vicreg takes variances over the batch")
         width = settings.dimension
         with seeded(corpus.seed, "vicreg head"):
             self.head = VICRegProjectionHead(backbone.dimension, width, width)
 
     def views(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        settings, size = self.corpus.views, self.corpus.size_of(batch.scale)
-        return (
-            make_view(batch.images, batch.draws.part("vicreg first"), settings, size),
-            make_view(batch.others, batch.draws.part("vicreg second"), settings, size),
-        )
+        return self.pair(batch, "vicreg first", "vicreg second")
 
     def loss(
         self, backbone: Backbone, views: tuple[torch.Tensor, torch.Tensor], batch: Batch

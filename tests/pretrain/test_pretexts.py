@@ -15,7 +15,7 @@ from carina.pretrain.pretexts import METHODS, Corpus, method
 from carina.pretrain.recipe import PretrainRecipe
 from carina.recipes import build
 
-RECIPE = build("pretrain", PretrainRecipe, "debug/moco_anatpaste", [])
+RECIPE = build("pretrain", PretrainRecipe, "debug/moco_anatpaste", ["pretexts.moco.queue=512"])
 SIZES = (32, 64)
 
 

@@ -16,7 +16,16 @@ from carina.recipes import build
 from carina.runs import Run
 from carina.training.engine import Engine, Task
 from carina.training.forecast import forecast
-from carina.training.optim import averaged, follow, make_optimizer, parameter_groups, rate_at, rate_in_words, rising
+from carina.training.optim import (
+    averaged,
+    decay_at,
+    follow,
+    make_optimizer,
+    parameter_groups,
+    rate_at,
+    rate_in_words,
+    rising,
+)
 
 WORDS = ["steps=8", "batch_size=8", "threads=1", "wandb=off", "checkpoint_every=1", "precision=no"]
 
@@ -205,3 +214,49 @@ def test_a_forecast_covers_every_scale_and_all_that_it_costs(phantom_store):
 def test_sharding_without_several_gpus_is_refused(phantom_store):
     with pytest.raises(CarinaError, match="parallel=fsdp needs several GPUs"):
         Engine(Sum(), select(str(phantom_store), rows="train"), settings("parallel=fsdp"), scales=[32], quiet=True)
+
+
+def test_a_sick_step_leaves_no_trace_in_batch_norm(phantom_store, tmp_path):
+    class Infinite(Sum):
+        def forward(self, batch):
+            images = batch.images * float("inf") if self.done == 3 else batch.images
+            return {"loss": self.backbone(images).square().mean()}
+
+    engine, run = start(phantom_store, tmp_path / "run", task=Infinite())
+    engine.fit(run)
+    assert run.metrics()[3]["loss"] is None and run.metrics()[4]["loss"] is not None
+    assert all(torch.isfinite(value).all() for value in engine.task.state_dict().values())
+    assert any(part.running_mean.abs().max() > 0 for part in engine.task.modules() if hasattr(part, "running_mean"))
+
+
+@pytest.mark.parametrize("name", ["densenet121", "test_efficientnet", "test_resnet"])
+def test_synchronized_batch_norm_keeps_the_activation_inside_a_norm(name):
+    from carina.training.engine import convert_sync_batchnorm
+
+    backbone = random_backbone(name, 64, 0).eval()
+    images = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = backbone(images)
+        after = convert_sync_batchnorm(backbone).eval()(images)
+    assert any(isinstance(part, nn.SyncBatchNorm) for part in backbone.modules())
+    torch.testing.assert_close(before, after)
+
+
+def test_weight_decay_may_rise_and_biases_may_have_a_rate_of_their_own(phantom_store):
+    optim = settings("optim.weight_decay=0.04", "optim.final_weight_decay=0.4", "optim.bias_scale=0.1").optim
+    assert [decay_at(step, 10, optim) for step in (0, 5, 10)] == pytest.approx([0.04, 0.22, 0.4])
+    assert decay_at(7, 10, settings("optim.weight_decay=0.04").optim) == 0.04
+    groups = parameter_groups(nn.Linear(2, 2), optim)
+    assert [(group["weight_decay"], group["scale"]) for group in groups] == [(0.04, 1.0), (0.0, 0.1)]
+    with pytest.raises(CarinaError, match="lars adapts the rate of weights that decay"):
+        make_optimizer(nn.Linear(2, 2), settings("optim.name=lars", "optim.weight_decay=0").optim, 0.1)
+
+
+def test_a_dry_run_out_of_memory_says_what_to_change(phantom_store):
+    class Hungry(Sum):
+        def forward(self, batch):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine = Engine(Hungry(), select(str(phantom_store), rows="train"), settings(), scales=[32], quiet=True)
+    with pytest.raises(CarinaError, match="double accumulate"):
+        forecast(engine)
