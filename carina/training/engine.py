@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from pydantic import Field
 from timm.layers import convert_sync_batchnorm
 from torch import nn
@@ -156,6 +157,7 @@ class Engine:
             keep_memory()
         # Batch norm keeps the statistics of its own rank; rank 0's running ones are exported (docs/multi-gpu.md).
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=task.skips_parameters)
+        AcceleratorState._reset_state()  # it refuses another precision than that of an earlier run in this process
         self.accelerator = Accelerator(
             mixed_precision=settings.precision,
             cpu=not cuda,

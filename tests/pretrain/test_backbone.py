@@ -246,7 +246,7 @@ def test_networks_that_begin_otherwise_stay_in_color_and_are_told(tmp_path, monk
 def test_dry_run_tells_time_and_memory_and_writes_nothing(carina, phantom_store, tmp_path):
     words = ("pretrain", "debug/moco", f"store={phantom_store}", f"out={tmp_path / 'run'}", "batch_size=16")
     told = json.loads(carina(*words, "--dry-run", "--json", "--quiet").stdout)
-    assert told["steps"] == 40 and told["hours"] > 0 and told["memory_gib"] > 0 and told["images_per_second"] > 0
+    assert told["steps"] == 100 and told["hours"] > 0 and told["memory_gib"] > 0 and told["images_per_second"] > 0
     assert not (tmp_path / "run").exists()
 
 

@@ -127,7 +127,10 @@ def test_the_watched_store_may_not_share_patients_and_never_leaves_the_run(phant
     words = (f"store={phantom_store}", f"out={tmp_path / 'run'}", *(f"{k}={v}" for k, v in SHORT.items()))
     told = carina("pretrain", "debug/moco", *words, f"watch.store={phantom_store}", code=2).stderr
     assert "patients" in told and "Traceback" not in told
-    carina("pretrain", "debug/moco", *words, f"watch.store={phantom_store}", "watch.rows=val", "--quiet")
+    words = ("debug/simclr", f"store={phantom_store}", f"out={tmp_path / 'run'}", "rows=val", "batch_size=4", "steps=2")
+    carina("pretrain", *words, "threads=1", "wandb=off", f"watch.store={phantom_store}", "watch.rows=train", "--quiet")
+    seen = Run(tmp_path / "run").metrics()[-1]
+    assert 0 <= seen["watch.knn_auroc"] <= 1 and 0 <= seen["watch.probe_auroc"] <= 1
     published = (tmp_path / "run" / "backbone" / "carina.json").read_text()
     assert str(phantom_store) not in published
 

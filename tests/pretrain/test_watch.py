@@ -80,6 +80,11 @@ def test_watching_changes_no_bit_of_a_run_and_no_mode_of_a_module(phantom_store,
         engine.fit(run, observe=observe)
         states.append(task.state_dict())
     assert looks == 4
+    facts, last = watch.finish(), run.metrics()[-1]
+    assert facts["verdict"] == last["watch.verdict"] == "healthy" and facts["ever"] == []
+    assert facts["rankme"] == last["watch.rankme"] and "at the end healthy, RankMe" in said(run.folder)
+    with Image.open(run.folder / "watch.png") as curves:
+        assert curves.width > 2 * curves.height
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
