@@ -217,6 +217,7 @@ def pretrain(
     facts = engine.fit(run, resume=resume, observe=watch)
     weights = task_tensors(engine.task)
     if main:
+        facts["watch"] = watch.finish()
         template.load_state_dict({k.removeprefix(exported): v for k, v in weights.items() if k.startswith(exported)})
         _export(run, recipe, selection, template, task.labels, facts)
         run.log(f"The backbone is in {run.folder / 'backbone'}")

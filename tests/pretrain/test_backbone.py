@@ -20,6 +20,7 @@ RUN_FILES = {
     "environment.json",
     "manifest.parquet",
     "views.png",
+    "watch.png",
     "backbone/config.json",
     "backbone/model.safetensors",
     "backbone/carina.json",
