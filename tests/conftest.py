@@ -27,7 +27,11 @@ def real_data() -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def _own_settings(tmp_path_factory):
     """Keys and path tables go to a folder of the test session, never to the developer's own."""
-    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+    settings = tmp_path_factory.mktemp("config")
+    os.environ["XDG_CONFIG_HOME"] = str(settings)
+    # patients are dealt by the keyed hash: with a key of its own every session would test other splits
+    (settings / "carina").mkdir()
+    (settings / "carina" / "key").write_text("the one key of all test sessions")
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CARINA_TEST_CUDA", "")
     os.environ.pop("CARINA_KEY", None)
 

@@ -36,7 +36,7 @@ def test_overrides_are_yaml_with_dotted_keys():
         ("optim.lrr=1", r"'optim.lrr' is not a key here \(did you mean 'optim.lr'\?\)"),
         ("batchsize=8", r"'batchsize' is not a key here \(did you mean 'batch_size'\?\)"),
         ("batch_size=many", r"batch_size: .*integer.*\(given: 'many'\)"),
-        ("optim.name=adam", r"optim.name: .*'sgd' or 'adamw'"),
+        ("optim.name=adam", r"optim.name: .*'sgd', 'adamw' or 'lars'"),
         ("pretexts.moco.temperature=0", r"pretexts.moco.temperature: .*greater than 0"),
         ("optim", "not of the form key=value"),
     ],
