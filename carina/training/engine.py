@@ -335,11 +335,11 @@ class Engine:
                     now = time.perf_counter()
                     rate = self.plan.batch_size / max(now - last_log, 1e-9)
                     wait = self.batches.waited / max(now - began, 1e-9)
-                    last_log = now
                     if main:
                         seen = observe(step, means) if observe is not None and finite else {}
                         tracker.step({"step": step, **_json_numbers(means), "images_per_second": round(rate, 1),
                                       "data_wait": round(wait, 4), **seen})  # fmt: skip
+                    last_log = time.perf_counter()  # a look of the observer is no time of training
                     progress.advance(1, f"loss {means['loss']:.4f}  {rate:,.0f} images/s  data wait {wait:.0%}")
                     if bad >= NAN_LIMIT:
                         raise CarinaError(

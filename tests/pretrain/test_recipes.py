@@ -18,7 +18,7 @@ from carina.pretrain.run import listing, pretrain
 from carina.recipes import build, shipped
 from carina.runs import Run
 
-SHORT = {"steps": 4, "batch_size": 16, "threads": 1, "checkpoint_every": 4, "wandb": "off"}
+SHORT = {"steps": 4, "batch_size": 16, "threads": 1, "checkpoint_every": 4, "wandb": "off", "precision": "no"}
 DEBUG = [name for name in shipped("pretrain") if name.startswith("debug/")]
 
 
