@@ -15,7 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 STEPS, EVERY = 60, 5
-COMMON = (f"steps={STEPS}", "batch_size=16", f"checkpoint_every={EVERY}", "threads=1", "precision=no", "pretexts.moco.queue=64")
+COMMON = (
+    f"steps={STEPS}",
+    "batch_size=16",
+    f"checkpoint_every={EVERY}",
+    "threads=1",
+    "precision=no",
+    "pretexts.moco.queue=64",
+)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
