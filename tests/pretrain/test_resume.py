@@ -182,6 +182,7 @@ def test_two_ranks_equal_one_process_with_the_joined_batch(carina, phantom_store
         "threads=1",
         "precision=no",
         "pretexts.moco.queue=64",
+        "optim.lr=0.0003",  # AdamW turns rounding into steps: at a high rate the last digits grow within 50 of them
     )
     one, two = tmp_path / "one", tmp_path / "two"
     carina("pretrain", "debug/moco_vit", f"out={one}", *common, "--quiet")

@@ -12,7 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).with_name("sharded_cpu.py")
-COMMON = ("steps=8", "batch_size=16", "threads=1", "precision=no", "checkpoint_every=4", "wandb=off", "ema=0.9")
+COMMON = (
+    "steps=8",
+    "batch_size=16",
+    "threads=1",
+    "precision=no",
+    "checkpoint_every=4",
+    "wandb=off",
+    "ema=0.9",
+    "optim.lr=0.0003",
+)
 
 
 def losses(run: Path) -> list[float]:
