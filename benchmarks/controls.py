@@ -12,40 +12,38 @@ bootstrap.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import cv2
 import numpy as np
 import torch
+from common import console, script
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 
 from carina.data.labels import ABNORMAL, to_targets
 from carina.data.splits import patient_folds, patient_subset
-from carina.data.store import Selection, select, unit
+from carina.data.store import Selection, select
 from carina.errors import CarinaError
 from carina.files import write_json
-from carina.finetune.anomaly import distances, fit_scorer
 from carina.finetune.classify import probe
 from carina.finetune.recipe import FinetuneRecipe
 from carina.metrics.intervals import difference, interval
 from carina.metrics.ranking import auroc
 from carina.metrics.resampling import Replicates, replicate
-from carina.models.backbones import Backbone, random_backbone
+from carina.models.controls import (
+    BACKGROUND_ONLY,
+    CHUNK,
+    LUNGS_ONLY,
+    Method,
+    Rows,
+    controls,
+    describe,
+    nothing_to_see,
+)
 from carina.progress import Progress
-from carina.recipes import Section, build, merge, parse_overrides, validate
-
-CHUNK = 256
-
-HOG_SIDE, HOG_CELL, HOG_BLOCK, HOG_BINS = 128, 16, 2, 9
-HOG_CLIP, HOG_EPSILON = 0.2, 1e-5
-PIXEL_SIDE = 32
-RING_SIDE, RING_WIDTH = 40, 4  # the outermost 10 % of the side
-PERCENTILES = (5, 25, 50, 75, 95)
+from carina.recipes import Section, build
 
 
 class Arguments(Section):
@@ -55,7 +53,7 @@ class Arguments(Section):
     split: str | None
     folds: Annotated[int, Field(ge=2)] | None
     where: str | None
-    scale: Annotated[int, Field(ge=HOG_SIDE)]
+    scale: Annotated[int, Field(ge=16)]
     patients: Annotated[int, Field(ge=1)] | None
     draws: Annotated[int, Field(ge=1)]
     resamples: Annotated[int, Field(ge=100)]
@@ -77,157 +75,16 @@ DEFAULTS = {
 }
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A chunk of a store. images: (B, S, S) uint8 or uint16. lungs: (B, S, S) bool. sizes: (B, 2) height and width of
-    the files."""
-
-    images: np.ndarray
-    lungs: np.ndarray
-    sizes: np.ndarray
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """A scorer and what is done to features before it: standard (mean 0, deviation 1 among the normals that are fitted)
-    where their units differ, unit (length 1, the recipe's default) for networks."""
-
-    name: Literal["gaussian", "knn"]
-    before: Literal["nothing", "standard", "unit"] = "nothing"
-
-    def __str__(self) -> str:
-        return self.name + {"nothing": "", "standard": ", standardized", "unit": ", unit length"}[self.before]
-
-
-@dataclass(frozen=True)
-class Control:
-    """Features that know nothing of disease. `describe` makes them, (B, D), of a chunk; `scorers` are those of anomaly
-    detection, one row of the table each; `lungs`: lung masks are needed."""
-
-    name: str
-    describe: Callable[[Rows], np.ndarray]
-    scorers: tuple[Scorer, ...] = (Scorer("gaussian"),)
-    lungs: bool = False
-
-
-def resized(images: np.ndarray, side: int) -> np.ndarray:
-    """(B, S, S) uint8, uint16 or bool -> (B, side, side) float32 in [0, 1], area filter."""
-    scale = np.float32(1 if images.dtype == bool else np.iinfo(images.dtype).max)
-    shrunk = [cv2.resize(image.astype(np.float32), (side, side), interpolation=cv2.INTER_AREA) for image in images]
-    return np.stack(shrunk) / scale
-
-
-def hog(images: np.ndarray) -> np.ndarray:
-    """Histograms of oriented gradients (Dalal and Triggs, CVPR 2005) of images (B, 128, 128): (B, 7 * 7 * 36).
-
-    Central differences, 0 at the border; 9 unsigned orientations, a gradient shared linearly between the two nearest;
-    cells of 16 pixels without overlap or smoothing; blocks of 2 x 2 cells at every cell, L2-Hys with clip 0.2.
-    """
-    images = images.astype(np.float32)
-    rows, columns = np.zeros_like(images), np.zeros_like(images)
-    rows[:, 1:-1] = images[:, 2:] - images[:, :-2]
-    columns[:, :, 1:-1] = images[:, :, 2:] - images[:, :, :-2]
-    strength = np.hypot(rows, columns)
-    place = np.mod(np.arctan2(rows, columns) / np.pi, 1.0) * HOG_BINS
-    count, cells = len(images), HOG_SIDE // HOG_CELL
-    histogram = np.empty((count, cells, cells, HOG_BINS), dtype=np.float32)
-    for orientation in range(HOG_BINS):
-        away = np.abs(place - (orientation + 0.5))
-        share = np.maximum(1 - np.minimum(away, HOG_BINS - away), 0) * strength
-        histogram[..., orientation] = share.reshape(count, cells, HOG_CELL, cells, HOG_CELL).sum(axis=(2, 4))
-    blocks = np.lib.stride_tricks.sliding_window_view(histogram, (HOG_BLOCK, HOG_BLOCK), axis=(1, 2))
-    blocks = blocks.reshape(count, *blocks.shape[1:3], -1)
-    blocks = np.minimum(_unit(blocks), HOG_CLIP)
-    return _unit(blocks).reshape(count, -1)
-
-
-def _unit(blocks: np.ndarray) -> np.ndarray:
-    return blocks / np.sqrt((blocks**2).sum(axis=-1, keepdims=True) + HOG_EPSILON**2)
-
-
-def _hog_images(rows: Rows) -> np.ndarray:
-    return resized(rows.images, HOG_SIDE)
-
-
-def _hog_lungs(rows: Rows) -> np.ndarray:
-    return (resized(rows.lungs, HOG_SIDE) >= 0.5).astype(np.float32)
-
-
-def _border(side: int, width: int) -> np.ndarray:
-    inner = np.ones((side, side), dtype=bool)
-    inner[width:-width, width:-width] = False
-    return inner
-
-
-def statistics(rows: Rows) -> np.ndarray:
-    """(B, 9): mean, standard deviation, least, greatest, and five percentiles of an image's pixels in [0, 1]."""
-    pixels = unit(rows.images.reshape(len(rows.images), -1))
-    moments = (pixels.mean(axis=1), pixels.std(axis=1), pixels.min(axis=1), pixels.max(axis=1))
-    return np.stack([*moments, *np.percentile(pixels, PERCENTILES, axis=1)], axis=1)
-
-
-def file_size(rows: Rows) -> np.ndarray:
-    """(B, 3): width, height, and width / height of the original files, in pixels."""
-    height, width = rows.sizes.astype(np.float64).T
-    return np.stack([width, height, width / height], axis=1)
-
-
-def pooled_features(backbone: Backbone) -> Callable[[Rows], np.ndarray]:
-    @torch.no_grad()
-    def describe(rows: Rows) -> np.ndarray:
-        images = torch.from_numpy(rows.images).unsqueeze(1).float().div_(255)
-        return torch.cat([backbone.features(part) for part in images.split(64)]).numpy()
-
-    return describe
-
-
-def blocks_opened(backbone: Backbone) -> Backbone:
-    """The same random network with its residual blocks at work.
-
-    timm starts the last batch norm of every residual block at scale 0, which is good for training but leaves little
-    more than the stem of an untrained network; scale 1 makes the stronger control.
-    """
-    for module in backbone.modules():
-        if isinstance(module, torch.nn.BatchNorm2d) and not module.weight.any():
-            torch.nn.init.ones_(module.weight)
-    return backbone
-
-
-def controls(scale: int, seed: int) -> list[Control]:
-    """The rows in the order of the table. HOG of masked images sees the mask's outline beside what is left."""
-    border = _border(HOG_SIDE, round(0.1 * HOG_SIDE))
-    ring = _border(RING_SIDE, RING_WIDTH)
-    mixed_units = (Scorer("gaussian", "standard"),)
-    network = (Scorer("gaussian", "unit"), Scorer("knn", "unit"), Scorer("knn"))
-    random = random_backbone("resnet18", scale, seed).eval()
-    opened = blocks_opened(random_backbone("resnet18", scale, seed)).eval()
-    return [
-        Control("raw pixels", lambda r: resized(r.images, PIXEL_SIDE).reshape(len(r.images), -1)),
-        Control("HOG", lambda r: hog(_hog_images(r))),
-        Control("HOG, lungs only", lambda r: hog(_hog_images(r) * _hog_lungs(r)), lungs=True),
-        Control("HOG, background only", lambda r: hog(_hog_images(r) * (1 - _hog_lungs(r))), lungs=True),
-        Control("HOG, mask silhouette", lambda r: hog(_hog_lungs(r)), lungs=True),
-        Control("HOG, outer ring", lambda r: hog(_hog_images(r) * border)),
-        Control("pixels, outer ring", lambda r: resized(r.images, RING_SIDE)[:, ring]),
-        Control("nine intensity statistics", statistics, mixed_units),
-        Control("file size", file_size, mixed_units),
-        Control("random ResNet-18", pooled_features(random), network),
-        Control("random ResNet-18, blocks opened", pooled_features(opened), network),
-    ]
-
-
-def describe(selection: Selection, scale: int, rows: Sequence[Control]) -> dict[str, np.ndarray]:
-    """Features (N, D) of every control, in one pass over the store."""
-    parts: dict[str, list[np.ndarray]] = {control.name: [] for control in rows}
+def chunks(selection: Selection, scale: int) -> Iterator[Rows]:
+    """The store's images in order, lung masks where any has one."""
     sizes = selection.table[["height", "width"]].to_numpy()
+    masked = (selection.table["lungs_source"] != "none").any()
     with Progress("features", len(selection), unit="images") as progress:
         for start in range(0, len(selection), CHUNK):
             where = range(start, min(start + CHUNK, len(selection)))
-            chunk = Rows(selection.images(where, scale), selection.masks(where, scale), sizes[where.start : where.stop])
-            for control in rows:
-                parts[control.name].append(control.describe(chunk))
+            lungs = selection.masks(where, scale) if masked else None
+            yield Rows(selection.images(where, scale), lungs, sizes[where.start : where.stop])
             progress.advance(len(where))
-    return {name: np.concatenate(values) for name, values in parts.items()}
 
 
 def fits(arguments: Arguments, table: Any) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -288,27 +145,16 @@ class Bench:
         with torch.no_grad():
             return head(torch.from_numpy(features[scored].astype(np.float32)))[:, 0].double().numpy()
 
-    def _anomaly(self, scorer: Scorer, features: np.ndarray, train: np.ndarray, scored: np.ndarray) -> np.ndarray:
-        how = {"name": scorer.name, "normalize": scorer.before == "unit"}
-        settings = self.recipe.scorer.model_copy(update=how)
-        normal = features[train[self.target[train] == 0]].astype(np.float64)
-        rest = features[scored].astype(np.float64)
-        if scorer.before == "standard":
-            spread = normal.std(axis=0)
-            center, spread = normal.mean(axis=0), np.where(spread > 0, spread, 1.0)
-            normal, rest = (normal - center) / spread, (rest - center) / spread
-        return distances(fit_scorer(normal, settings), rest)
-
-    def scores(self, features: np.ndarray, scorer: Scorer | None) -> np.ndarray:
-        """Of features (N, D) by an anomaly scorer, or by the probe (None)."""
+    def scores(self, features: np.ndarray, method: Method | None) -> np.ndarray:
+        """Of features (N, D) by a method of anomaly detection, or by the probe (None)."""
         result = np.full((self.arguments.draws, len(features)), np.nan)
         for draw in range(self.arguments.draws):
             for train, scored in self.fits:
                 rows, test = self._labelled(train, draw), np.flatnonzero(scored)
-                if scorer is None:
+                if method is None:
                     result[draw, test] = self._classify(features, rows, test)
                 else:
-                    result[draw, test] = self._anomaly(scorer, features, rows, test)
+                    result[draw, test] = method.distances(features[rows[self.target[rows] == 0]], features[test])
         return result
 
     def replicates(self, scores: np.ndarray, metric: str) -> Replicates:
@@ -324,14 +170,6 @@ class Bench:
         values = [value for value in values if not np.isnan(value)]
         return float(np.mean(values)) if len(self.fits) > 1 and values else None
 
-    def nothing_to_see(self, control: Control, features: np.ndarray) -> str:
-        """Why a control has no row; empty where it has."""
-        if control.lungs and not (self.selection.table["lungs_source"] != "none").any():
-            return "the store holds no lung masks"
-        if (features == features[0]).all():
-            return "the same for every image"
-        return ""
-
 
 def run(arguments: Arguments) -> dict[str, Any]:
     """Every control row of one store: counts, figures and the contrast of lungs with background, as JSON values."""
@@ -343,24 +181,25 @@ def run(arguments: Arguments) -> dict[str, Any]:
         raise CarinaError("draws= repeats patients=, and without it all draws are the same; give patients= as well")
     bench = Bench(arguments, select(arguments.store, where=arguments.where, scales=[arguments.scale]))
     rows = controls(arguments.scale, arguments.seed)
-    features = describe(bench.selection, arguments.scale, rows)
+    features = describe(chunks(bench.selection, arguments.scale), rows)
     kept: dict[str, Replicates] = {}
     table = []
-    work = [(c, s) for c in rows for s in (c.scorers if arguments.task == "anomaly" else (None,))]
+    work = [(c, m) for c in rows for m in (c.methods if arguments.task == "anomaly" else (None,))]
     with Progress(arguments.task, len(work), unit="rows") as progress:
-        for control, scorer in work:
-            values = features[control.name]
-            entry = {"control": control.name, "method": str(scorer or "probe"), "dimension": values.shape[1]}
-            missing = bench.nothing_to_see(control, values)
+        for control, method in work:
+            values = features.get(control.name)
+            dimension = 0 if values is None else values.shape[1]
+            entry = {"control": control.name, "method": str(method or "probe"), "dimension": dimension}
+            missing = nothing_to_see(control, values)
             if not missing:
-                scores = bench.scores(values, scorer)
+                scores = bench.scores(values, method)
                 kept[control.name] = bench.replicates(scores, "auroc")
                 entry["auroc"] = interval(kept[control.name], 0).to_dict()
                 entry["average_precision"] = interval(bench.replicates(scores, "average_precision"), 0).to_dict()
                 entry["auroc_within_folds"] = bench.within_folds(scores)
             table.append({**entry, "missing": missing})
             progress.advance(note=control.name)
-    lungs, background = kept.get("HOG, lungs only"), kept.get("HOG, background only")
+    lungs, background = kept.get(LUNGS_ONLY), kept.get(BACKGROUND_ONLY)
     return {
         "benchmark": "controls",
         "arguments": _shareable(arguments),
@@ -450,25 +289,18 @@ def remarks(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Run the script and return its exit code: 0, or 2 for a mistake in what was asked."""
-    words = sys.argv[1:] if words is None else words
-    try:
-        if not words or words[0] in ("-h", "--help"):
-            print(__doc__)
-            return 0
-        arguments = validate(Arguments, merge(DEFAULTS, parse_overrides(words)), "controls")
-        result = run(arguments)
-        if arguments.out:
-            write_json(arguments.out, result)
-    except CarinaError as error:
-        print(f"controls: {error}", file=sys.stderr)
-        return 2
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    console.print(shown(result))
+def work(given: Arguments) -> None:
+    result = run(given)
+    if given.out:
+        write_json(given.out, result)
+    out = console()
+    out.print(shown(result))
     for line in remarks(result):
-        console.print(line)
-    return 0
+        out.print(line)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    return script(words, "controls", __doc__, Arguments, DEFAULTS, work)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import cv2
 import numpy as np
 import psutil
 import pydicom
+from common import console, script
 from PIL import Image
 from pydantic import Field
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -47,7 +48,7 @@ from carina.files import read_json, write_json
 from carina.imaging.dicom import read_radiograph
 from carina.imaging.geometry import Geometry, resize_scales
 from carina.imaging.phantom import phantom
-from carina.recipes import Section, merge, parse_overrides, validate
+from carina.recipes import Section
 
 SCALES = (512, 256)
 ROWS, COLUMNS = 2500, 2048
@@ -313,29 +314,22 @@ def shown(result: dict[str, Any], console: Console) -> None:
         console.print(f"largest resident set of prepare: {peaks}, ratio {found['ratio']}")
 
 
+def work(given: Arguments) -> None:
+    cv2.setNumThreads(1)  # nothing else here has threads, and the processes of prepare set their own
+    parts = {"reading": reading, "workers": workers, "memory": memory}
+    result: dict[str, Any] = {}
+    for part in given.parts:
+        facts = machine()
+        with tempfile.TemporaryDirectory(dir=given.work) as folder:
+            result[part] = {"machine": facts, **parts[part](given, Path(folder))}
+    if given.out:
+        known = read_json(given.out) if Path(given.out).is_file() else {}
+        write_json(given.out, {"benchmark": "intake", "synthetic": True, **known, **result})
+    shown(result, console())
+
+
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the script and return its exit code: 0, or 2 for a mistake in what was asked."""
-    words = sys.argv[1:] if words is None else words
-    try:
-        if words and words[0] in ("-h", "--help"):
-            print(__doc__)
-            return 0
-        cv2.setNumThreads(1)  # nothing else here has threads, and the processes of prepare set their own
-        arguments = validate(Arguments, merge(DEFAULTS, parse_overrides(words)), "intake")
-        parts = {"reading": reading, "workers": workers, "memory": memory}
-        result: dict[str, Any] = {}
-        for part in arguments.parts:
-            facts = machine()
-            with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
-                result[part] = {"machine": facts, **parts[part](arguments, Path(folder))}
-        if arguments.out:
-            known = read_json(arguments.out) if Path(arguments.out).is_file() else {}
-            write_json(arguments.out, {"benchmark": "intake", "synthetic": True, **known, **result})
-    except CarinaError as error:
-        print(f"intake: {error}", file=sys.stderr)
-        return 2
-    shown(result, Console(width=None if sys.stdout.isatty() else 150))
-    return 0
+    return script(words, "intake", __doc__, Arguments, DEFAULTS, work)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from typing import Annotated, Any
 import cv2
 import numpy as np
 import pandas as pd
+from common import console, script
 from joblib import Parallel, delayed
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 from skimage.exposure import equalize_adapthist
 from skimage.filters import threshold_otsu
@@ -36,7 +36,7 @@ from carina.imaging.dicom import read_radiograph
 from carina.imaging.geometry import Geometry, resize, resize_mask
 from carina.imaging.lungs import LungMask, lung_mask
 from carina.metrics.resampling import patient_codes, patient_resamples
-from carina.recipes import Section, merge, parse_overrides, validate
+from carina.recipes import Section
 
 STORED = 256  # side of the square in which masks are compared once more
 COMMON = 128  # grid on which the drawn masks are averaged
@@ -299,32 +299,23 @@ def shown(name: str, result: dict[str, Any]) -> Table:
     return table
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Run the script and return its exit code: 0, or 2 for a mistake in what was asked."""
-    words = sys.argv[1:] if words is None else words
-    try:
-        if not words or words[0] in ("-h", "--help"):
-            print(__doc__)
-            return 0
-        arguments = validate(Arguments, merge(DEFAULTS, parse_overrides(words)), "lungs")
-        result, pictures = run(arguments)
-        if arguments.out:
-            write_json(arguments.out, result)
-        if arguments.sheet:
-            chosen = pictures[:: arguments.every][: arguments.count]
-            draw(chosen, arguments.sheet, arguments.columns, arguments.side)
-        if arguments.worst:
-            compared = [picture for picture in pictures if picture.ious]
-            if not compared:
-                raise CarinaError("worst= needs masks to compare with; give a table with the column lung_mask")
-            draw(sorted(compared, key=lambda p: p.ious["carina"])[:12], arguments.worst, 4, arguments.side)
-    except CarinaError as error:
-        print(f"lungs: {error}", file=sys.stderr)
-        return 2
-    console = Console(width=None if sys.stdout.isatty() else 150)
+def work(given: Arguments) -> None:
+    result, pictures = run(given)
+    if given.out:
+        write_json(given.out, result)
+    if given.sheet:
+        draw(pictures[:: given.every][: given.count], given.sheet, given.columns, given.side)
+    if given.worst:
+        compared = [picture for picture in pictures if picture.ious]
+        if not compared:
+            raise CarinaError("worst= needs masks to compare with; give a table with the column lung_mask")
+        draw(sorted(compared, key=lambda p: p.ious["carina"])[:12], given.worst, 4, given.side)
     for name, figures in result["sets"].items():
-        console.print(shown(name, figures))
-    return 0
+        console().print(shown(name, figures))
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    return script(words, "lungs", __doc__, Arguments, DEFAULTS, work)
 
 
 if __name__ == "__main__":

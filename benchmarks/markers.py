@@ -19,17 +19,16 @@ from typing import Annotated, Literal
 import cv2
 import numpy as np
 import pandas as pd
+from common import console, script
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 from stamps import KINDS, Picture, Stamp, half_of, place_of, read_boxes, read_picture, read_table, stamp
 
 from carina.draws import hash64
-from carina.errors import CarinaError
 from carina.files import write_json
 from carina.imaging.markers import Marker, find_markers, inpaint
 from carina.imaging.phantom import phantom
-from carina.recipes import Section, merge, parse_overrides, validate
+from carina.recipes import Section
 
 OVERLAP = 0.5
 # Pictures whose place for the stamp was seen to bear a mark already, when every window was looked at.
@@ -263,23 +262,16 @@ def shown(result: dict) -> Table:
     return table
 
 
+def work(given: Arguments) -> None:
+    cv2.setNumThreads(1)
+    result = run(given)
+    if given.out:
+        write_json(given.out, result)
+    console(120).print(shown(result))
+
+
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the script and return its exit code: 0, or 2 for a mistake in what was asked."""
-    words = sys.argv[1:] if words is None else words
-    try:
-        if not words or words[0] in ("-h", "--help"):
-            print(__doc__)
-            return 0
-        given = validate(Arguments, merge(DEFAULTS, parse_overrides(words)), "markers")
-        cv2.setNumThreads(1)
-        result = run(given)
-        if given.out:
-            write_json(given.out, result)
-    except CarinaError as error:
-        print(f"markers: {error}", file=sys.stderr)
-        return 2
-    Console(width=None if sys.stdout.isatty() else 120).print(shown(result))
-    return 0
+    return script(words, "markers", __doc__, Arguments, DEFAULTS, work)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,8 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from controls import HOG_SIDE, blocks_opened, hog, resized
+from common import console, script
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 
 from carina.data.batches import in_order, intensity
@@ -36,7 +35,7 @@ from carina.data.manifest import find_manifest, overlap
 from carina.data.splits import linked_patients, patient_subset, stable_folds
 from carina.data.store import Selection, select
 from carina.draws import hash64
-from carina.errors import CarinaError, Preempted, nearest
+from carina.errors import CarinaError, nearest
 from carina.files import atomic_path, read_json, write_json
 from carina.finetune.classify import probe
 from carina.finetune.recipe import ProbeSettings
@@ -45,11 +44,12 @@ from carina.metrics.ranking import auroc
 from carina.metrics.representation import rankme
 from carina.metrics.resampling import Replicates, replicate
 from carina.models.backbones import Backbone, load_backbone, random_backbone
+from carina.models.controls import HOG_SIDE, blocks_opened, hog, resized
 from carina.pretrain.pretexts import method
 from carina.pretrain.run import pretrain
 from carina.pretrain.verdicts import Judge
 from carina.progress import Progress
-from carina.recipes import Section, merge, parse_overrides, validate
+from carina.recipes import Section, merge
 from carina.runs import Run, environment
 from carina.training.engine import pick_device
 
@@ -532,41 +532,31 @@ def shown(result: dict[str, Any]) -> list[Table]:
     return [figures, trained, paired]
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Run the script and return its exit code: 0, 2 for a mistake in what was asked, 128 + a signal's number."""
-    words = sys.argv[1:] if words is None else words
-    try:
-        if not words or words[0] in ("-h", "--help"):
-            print(__doc__)
-            return 0
-        given = validate(Arguments, merge(DEFAULTS, parse_overrides(words)), "pretexts")
-        names = [arm.name for arm in ARMS]
-        for name in given.arms or ():
-            if name not in names:
-                raise CarinaError(f"there is no arm '{name}'{nearest(name, names)}; it is one of {', '.join(names)}")
-        arms = [arm for arm in ARMS if given.arms is None or arm.name in given.arms]
-        if given.threads:
-            torch.set_num_threads(given.threads)
-        if "train" in given.parts:
-            for arm in arms:
-                train(arm, given)
-        if "table" not in given.parts:
-            return 0
-        result = table(given, arms)
-        if given.out:
-            write_json(given.out, result)
-    except CarinaError as error:
-        print(f"pretexts: {error}", file=sys.stderr)
-        return 2
-    except Preempted as error:
-        print(f"pretexts: {error}", file=sys.stderr)
-        return error.exit_code
-    console = Console(width=None if sys.stdout.isatty() else 220)
+def work(given: Arguments) -> None:
+    names = [arm.name for arm in ARMS]
+    for name in given.arms or ():
+        if name not in names:
+            raise CarinaError(f"there is no arm '{name}'{nearest(name, names)}; it is one of {', '.join(names)}")
+    arms = [arm for arm in ARMS if given.arms is None or arm.name in given.arms]
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    if "train" in given.parts:
+        for arm in arms:
+            train(arm, given)
+    if "table" not in given.parts:
+        return
+    result = table(given, arms)
+    if given.out:
+        write_json(given.out, result)
+    out = console(220)
     for part in shown(result):
-        console.print(part)
+        out.print(part)
     for question, answer in result["verdicts"].items():
-        console.print(f"{question}: {answer}")
-    return 0
+        out.print(f"{question}: {answer}")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    return script(words, "pretexts", __doc__, Arguments, DEFAULTS, work)
 
 
 if __name__ == "__main__":

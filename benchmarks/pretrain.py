@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from common import console, script
 from matplotlib.figure import Figure
 from PIL import Image
 from pydantic import Field
@@ -43,7 +44,7 @@ from carina.files import read_json, write_json
 from carina.imaging.views import make_view
 from carina.pretrain.recipe import PretrainRecipe
 from carina.pretrain.run import build_task
-from carina.recipes import Section, build, merge, parse_overrides, validate
+from carina.recipes import Section, build
 from carina.runs import Run
 from carina.training.engine import Engine, best_precision, pick_device, resolved
 
@@ -387,30 +388,23 @@ def shown(result: dict[str, Any], console: Console) -> None:
         )
 
 
+def work(given: Arguments) -> None:
+    parts = {"loop": loop, "views": views, "peers": peers, "gpu": gpu}
+    result: dict[str, Any] = {}
+    for part in given.parts:
+        facts = machine(given)
+        with tempfile.TemporaryDirectory(dir=given.work) as folder:
+            result[part] = {"machine": facts, **parts[part](given, Path(folder))}
+        if given.out:  # after every part, because they take long
+            known = read_json(given.out) if Path(given.out).is_file() else {}
+            write_json(given.out, {"benchmark": "pretrain", **known, **result})
+            if part == "peers" and "curves" in result[part]:
+                draw_curves(Path(given.out).with_suffix(".png"), result[part]["curves"]["loss"])
+    shown(result, console())
+
+
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the script and return its exit code: 0, or 2 for a mistake in what was asked."""
-    words = sys.argv[1:] if words is None else words
-    try:
-        if words and words[0] in ("-h", "--help"):
-            print(__doc__)
-            return 0
-        arguments = validate(Arguments, merge(DEFAULTS, parse_overrides(words)), "pretrain")
-        parts = {"loop": loop, "views": views, "peers": peers, "gpu": gpu}
-        result: dict[str, Any] = {}
-        for part in arguments.parts:
-            facts = machine(arguments)
-            with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
-                result[part] = {"machine": facts, **parts[part](arguments, Path(folder))}
-            if arguments.out:  # after every part, because they take long
-                known = read_json(arguments.out) if Path(arguments.out).is_file() else {}
-                write_json(arguments.out, {"benchmark": "pretrain", **known, **result})
-                if part == "peers" and "curves" in result[part]:
-                    draw_curves(Path(arguments.out).with_suffix(".png"), result[part]["curves"]["loss"])
-    except CarinaError as error:
-        print(f"pretrain: {error}", file=sys.stderr)
-        return 2
-    shown(result, Console(width=None if sys.stdout.isatty() else 150))
-    return 0
+    return script(words, "pretrain", __doc__, Arguments, DEFAULTS, work)
 
 
 if __name__ == "__main__":

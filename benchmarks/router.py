@@ -28,9 +28,8 @@ from typing import Annotated, Any
 import cv2
 import numpy as np
 import pandas as pd
-from controls import HOG_SIDE, PERCENTILES, RING_SIDE, RING_WIDTH, hog
+from common import console, script
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 from scipy.special import ndtri
 
@@ -44,7 +43,8 @@ from carina.imaging.geometry import Geometry, resize
 from carina.imaging.routing import FAMILIAR, best_view, by_header, decide
 from carina.intake.router import Router
 from carina.metrics.intervals import paired_difference, patient_bootstrap
-from carina.recipes import Section, build, merge, parse_overrides, validate
+from carina.models.controls import HOG_SIDE, PERCENTILES, RING_SIDE, RING_WIDTH, hog
+from carina.recipes import Section, build
 
 SIDE, QUALITY = 48, 90
 NETWORK = ["store=store", "backbone=imagenet-lite0", "size=128", "mode=frozen"]
@@ -360,7 +360,7 @@ def _named(calls: dict[str, Any]) -> str:
 
 
 def show(result: dict[str, Any]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    out = console()
     for title, key in (
         ("PA against AP, test patients of NIH: AUROC, 95 % by patient", "view"),
         ("Chest against hand, test patients: AUROC, 95 % by patient", "chest_or_hand"),
@@ -370,39 +370,32 @@ def show(result: dict[str, Any]) -> None:
         for name, value in flat.items():
             if "value" in value:
                 table.add_row(name, _figure(value))
-        console.print(table)
-    console.print(_named(result["view"]["named"]))
+        out.print(table)
+    out.print(_named(result["view"]["named"]))
     for name, rows in result["recall"].items():
-        console.print(_recall_table(f"Test patients, pixels alone: {name}", rows))
+        out.print(_recall_table(f"Test patients, pixels alone: {name}", rows))
     if "folds" in result:
-        console.print(f"Patient folds, PA against AP: {_figure(result['folds']['view'])}")
-        console.print(_named(result["folds"]["named"]))
-        console.print(_recall_table("Patient folds over all pictures: router", result["folds"]["recall"]))
+        out.print(f"Patient folds, PA against AP: {_figure(result['folds']['view'])}")
+        out.print(_named(result["folds"]["named"]))
+        out.print(_recall_table("Patient folds over all pictures: router", result["folds"]["recall"]))
     table = Table(
         "file", "part", "chest", "familiar", "kept by pixels", "kept", "reason", title="DICOM files as they are"
     )
     for row in result["dicom_as_delivered"]:
         flags = ["yes" if row[name] else "no" for name in ("familiar", "pixels", "kept")]
         table.add_row(row["file"], row["part"], f"{row['chest']:.4f}", *flags, row["reason"])
-    console.print(table)
+    out.print(table)
+
+
+def work(given: Arguments) -> None:
+    result = run(given)
+    if given.out:
+        write_json(given.out, result)
+    show(result)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the script and return its exit code: 0, or 2 for a mistake in what was asked."""
-    words = sys.argv[1:] if words is None else words
-    try:
-        if not words or words[0] in ("-h", "--help"):
-            print(__doc__)
-            return 0
-        arguments = validate(Arguments, merge(DEFAULTS, parse_overrides(words)), "router")
-        result = run(arguments)
-        if arguments.out:
-            write_json(arguments.out, result)
-    except CarinaError as error:
-        print(f"router: {error}", file=sys.stderr)
-        return 2
-    show(result)
-    return 0
+    return script(words, "router", __doc__, Arguments, DEFAULTS, work)
 
 
 if __name__ == "__main__":

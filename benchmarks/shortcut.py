@@ -20,10 +20,9 @@ from typing import Annotated
 import cv2
 import numpy as np
 import pandas as pd
-from controls import HOG_SIDE, hog
+from common import console, script
 from markers import OVERLAP, best_of
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -38,7 +37,8 @@ from carina.imaging.lungs import lung_mask
 from carina.imaging.markers import clip, find_markers, inpaint
 from carina.metrics.intervals import paired_difference, patient_bootstrap
 from carina.metrics.ranking import auroc
-from carina.recipes import Section, merge, parse_overrides, validate
+from carina.models.controls import HOG_SIDE, hog
+from carina.recipes import Section
 
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2)
 TREATMENTS = ("nothing", "inpainted", "clipped")
@@ -188,23 +188,16 @@ def shown(result: dict) -> Table:
     return table
 
 
+def work(given: Arguments) -> None:
+    cv2.setNumThreads(1)
+    result = run(given)
+    if given.out:
+        write_json(given.out, result)
+    console().print(shown(result))
+
+
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the script and return its exit code: 0, or 2 for a mistake in what was asked."""
-    words = sys.argv[1:] if words is None else words
-    try:
-        if not words or words[0] in ("-h", "--help"):
-            print(__doc__)
-            return 0
-        given = validate(Arguments, merge(DEFAULTS, parse_overrides(words)), "shortcut")
-        cv2.setNumThreads(1)
-        result = run(given)
-        if given.out:
-            write_json(given.out, result)
-    except CarinaError as error:
-        print(f"shortcut: {error}", file=sys.stderr)
-        return 2
-    Console(width=None if sys.stdout.isatty() else 150).print(shown(result))
-    return 0
+    return script(words, "shortcut", __doc__, Arguments, DEFAULTS, work)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,10 @@ def _pretrain(args, positionals, overrides):
 
 
 def _finetune(args, positionals, overrides):
+    if positionals[0] == "protocol":
+        return _protocol(args, positionals[1:], overrides)
+    if len(positionals) > 1:
+        raise CarinaError(f"carina finetune does not know what to do with '{positionals[1]}'; it takes one recipe")
     from carina.finetune.run import finetune, recipe_model
 
     if args.print:
@@ -77,6 +81,24 @@ def _finetune(args, positionals, overrides):
     result = finetune(positionals[0], overrides, resume=args.resume, dry_run=args.dry_run, quiet=args.quiet)
     if args.dry_run and not args.json:
         _say_pairs(result)
+    return result
+
+
+def _protocol(args, positionals, overrides):
+    if not positionals:
+        from carina.recipes import shipped
+
+        names = ", ".join(shipped("protocol"))
+        raise CarinaError(f"carina finetune protocol needs its name: one of {names}, or a YAML file")
+    from carina.finetune.protocol import protocol
+    from carina.finetune.protocol_plan import ProtocolRecipe
+    from carina.finetune.protocol_tables import terminal
+
+    if args.print:
+        return _print_recipe("protocol", ProtocolRecipe, positionals[0], overrides)
+    result = protocol(positionals[0], overrides, dry_run=args.dry_run, quiet=args.quiet)
+    if not args.json:
+        _say_pairs(result) if args.dry_run else _show(terminal(result), width=170)
     return result
 
 
@@ -181,10 +203,11 @@ VERBS: dict[str, Verb] = {
     ),
     "finetune": Verb(
         "RECIPE",
-        "backbone + store -> predictor. RECIPE: classify, anomaly or a YAML file.",
+        "backbone + store -> predictor. RECIPE: classify, anomaly or a YAML file; or protocol NAME: every arm of a protocol "
+        "in one table, gone on with by the same command.",
         "carina finetune classify backbone=runs/pretrained store=store out=runs/frozen mode=frozen labels=[Pneumonia]",
         _finetune,
-        (1, 1),
+        (1, 2),
         (RESUME, DRY),
     ),
     "evaluate": Verb(
@@ -248,10 +271,11 @@ def _print_given(positionals: list[str], overrides: list[str]) -> dict[str, Any]
     return given
 
 
-def _show(renderable: Any) -> None:
+def _show(renderable: Any, width: int = 120) -> None:
+    """width: in characters, where no terminal says it."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 120).print(renderable)
+    Console(width=None if sys.stdout.isatty() else width).print(renderable)
 
 
 def _say_pairs(values: dict[str, Any], indent: str = "") -> None:

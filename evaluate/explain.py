@@ -1,4 +1,4 @@
-"""Heat maps: where a score comes from."""
+"""Heat maps: where a score comes from. Anomaly maps where the scorer knows positions, Grad-CAM elsewhere."""
 
 from __future__ import annotations
 
@@ -12,49 +12,93 @@ from torch import nn
 
 from carina.errors import CarinaError
 from carina.models.backbones import resize_images
+from carina.models.features import only, sized, stages
 from carina.models.predictor import Member
+
+DARK, BRIGHT = 0.95, 0.999  # shares of the pixels of normal images' maps between which their values are drawn
 
 
 class _Tapped(nn.Module):
-    """A member whose last feature map (B, C, h, w) passes through `tap`, whatever layout the network uses."""
+    """A member whose feature maps (B, C, h, w) pass through `taps`, one for each input size and stage that is read,
+    whatever layout the network uses. Takes images that show the member's region alone."""
 
     def __init__(self, member: Member):
         super().__init__()
         self.member = member
-        self.tap = nn.Identity()
+        settings = member.scorer.settings if member.scorer is not None else None
+        self.layers = settings.layers if settings is not None else None
+        sizes = len(settings.sizes or [0]) if settings is not None else 1
+        self.taps = nn.ModuleList(nn.Identity() for _ in range(sizes * len(self.layers or [0])))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        member = self.member
+        backbone, taps = member.backbone, iter(self.taps)
+        if member.head is not None:
+            return member.head(self._pooled(resize_images(images, backbone.spec.size), next(taps)))
+        parts = []
+        for view in sized(backbone, images, member.scorer.settings):
+            if self.layers is None:
+                parts.append(self._pooled(view, next(taps)))
+            else:
+                parts += [next(taps)(found).mean(dim=(2, 3)) for found in stages(backbone, view, self.layers)]
+        return member.scorer([torch.cat(parts, dim=1)])[:, None]
+
+    def _pooled(self, view: torch.Tensor, tap: nn.Module) -> torch.Tensor:
         backbone = self.member.backbone
         network = backbone.network
-        features = self._through_tap(network.forward_features(backbone.normalize(images)), network)
-        pooled = network.forward_head(features)
-        return self.member.head(pooled) if self.member.head is not None else self.member.scorer(pooled)[:, None]
-
-    def _through_tap(self, features: torch.Tensor, network: nn.Module) -> torch.Tensor:
-        if features.ndim == 3:  # tokens (B, N, C), class and register tokens first
-            prefix = getattr(network, "num_prefix_tokens", 0)
-            side = math.isqrt(features.shape[1] - prefix)
-            if side * side != features.shape[1] - prefix:
-                raise CarinaError("heat maps of this backbone need square token grids; use square images")
-            grid = features[:, prefix:].transpose(1, 2).reshape(len(features), -1, side, side)
-            tokens = self.tap(grid).flatten(2).transpose(1, 2)
-            return torch.cat([features[:, :prefix], tokens], dim=1)
-        last = getattr(network, "output_fmt", "NCHW")
-        if str(last).upper().endswith("NHWC"):
-            return self.tap(features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.tap(features)
+        return network.forward_head(_through(tap, network.forward_features(backbone.normalize(view)), network))
 
 
-def heat_maps(member: Member, images: torch.Tensor, column: int) -> np.ndarray:
-    """Grad-CAM (Selvaraju et al., ICCV 2017) of one score through captum, at image size.
+def _through(tap: nn.Module, features: torch.Tensor, network: nn.Module) -> torch.Tensor:
+    if features.ndim == 3:  # tokens (B, N, C), class and register tokens first
+        prefix = getattr(network, "num_prefix_tokens", 0)
+        side = math.isqrt(features.shape[1] - prefix)
+        if side * side != features.shape[1] - prefix:
+            raise CarinaError("heat maps of this backbone need square token grids; use square images")
+        grid = features[:, prefix:].transpose(1, 2).reshape(len(features), -1, side, side)
+        tokens = tap(grid).flatten(2).transpose(1, 2)
+        return torch.cat([features[:, :prefix], tokens], dim=1)
+    if str(getattr(network, "output_fmt", "NCHW")).upper().endswith("NHWC"):
+        return tap(features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return tap(features)
 
-    images: (B, 1, S, S) in [0, 1]. column: of the head (0 for a scorer). Returns (B, S, S) float32, each map scaled to
-    [0, 1] by its own maximum; all zeros where nothing speaks for the score.
+
+def map_span(maps: np.ndarray) -> tuple[float, float]:
+    """Between which values anomaly maps are drawn, black to full, from those of normal images (N, H, W).
+
+    Black is what 95 of 100 pixels of normal images stay below. Full lies twice as far above it as what only one in 1,000
+    exceeds, so that normal images stay dark and a map is bright only where it goes beyond what normal ones show.
     """
+    dark, bright = (float(value) for value in np.quantile(maps, (DARK, BRIGHT)))
+    return dark, dark + max(2 * (bright - dark), 1e-6 * max(abs(dark), 1.0))
+
+
+def heat_maps(
+    member: Member,
+    images: torch.Tensor,
+    column: int,
+    lungs: torch.Tensor | None = None,
+    span: tuple[float, float] | None = None,
+) -> np.ndarray:
+    """Where one score comes from, (B, S, S) float32 in [0, 1], at image size; 0 shows nothing.
+
+    images: (B, 1, S, S) in [0, 1]. column: of the head (0 for a scorer). lungs: (B, 1, S, S) bool, needed where the
+    member's region is not the whole image. A scorer with positions gives its anomaly map between the values of `span`
+    (default: those of `map_span` of these very images); the others give Grad-CAM (Selvaraju et al., ICCV 2017) through
+    captum, each map scaled by its own maximum, all zeros where nothing speaks for the score.
+    """
+    with torch.no_grad():
+        found = member.maps(images, lungs)
+    if found is not None:
+        values = found.float().cpu().numpy()
+        dark, bright = span or map_span(values)
+        return ((values - dark) / (bright - dark)).clip(0, 1).astype(np.float32)
     model = _Tapped(member).eval()
-    sized = resize_images(images, member.backbone.spec.size)
-    with torch.enable_grad():
-        maps = LayerGradCam(model, model.tap).attribute(sized, target=column, relu_attributions=True)
-    maps = F.interpolate(maps.detach(), images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-    top = maps.amax(dim=(1, 2), keepdim=True)
-    return torch.where(top > 0, maps / top.clamp(min=1e-12), torch.zeros_like(maps)).cpu().numpy().astype(np.float32)
+    images = only(images, lungs, member.region)
+    total = torch.zeros(len(images), *images.shape[-2:], device=images.device)
+    for tap in model.taps:
+        with torch.enable_grad():
+            part = LayerGradCam(model, tap).attribute(images, target=column, relu_attributions=True)
+        total += F.interpolate(part.detach().float(), images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    top = total.amax(dim=(1, 2), keepdim=True)
+    return torch.where(top > 0, total / top.clamp(min=1e-12), torch.zeros_like(total)).cpu().numpy().astype(np.float32)

@@ -16,11 +16,11 @@ import torch
 from carina.data.batches import in_order
 from carina.data.store import Selection, select
 from carina.errors import CarinaError
-from carina.evaluate.explain import heat_maps
+from carina.evaluate.explain import heat_maps, map_span
 from carina.files import atomic_path, write_table
 from carina.imaging.dicom import Unreadable, list_files, read_radiograph
 from carina.imaging.frames import make_frames
-from carina.imaging.geometry import Geometry
+from carina.imaging.geometry import Geometry, resize_mask
 from carina.imaging.photometry import Photometry
 from carina.isolation import isolated
 from carina.models.backbones import Backbone, load_backbone
@@ -34,46 +34,58 @@ BATCH = 32  # files read and scored at a time
 
 @dataclass(frozen=True)
 class _Reader:
-    """One file as prepare would store it, scale -> (S, S) float32; or why it cannot be. Runs in another process."""
+    """One file as prepare would store it, scale -> (S, S) float32, and its lungs where they are asked for, scale -> (S, S)
+    bool; or why it cannot be. Runs in another process."""
 
     scales: tuple[int, ...]
     photometry: Photometry
     geometry: Geometry
+    lungs: bool
 
-    def __call__(self, path: str) -> tuple[dict[int, np.ndarray], str]:
+    def __call__(self, path: str) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray], str]:
         cv2.setNumThreads(1)
         try:
             radiograph = read_radiograph(path, self.photometry)
         except Unreadable as error:
-            return {}, str(error)
+            return {}, {}, str(error)
         spacing = radiograph.facts.get("spacing")
-        frames = make_frames(radiograph.image, self.scales, self.photometry, self.geometry, spacing)
+        frames = make_frames(
+            radiograph.image, self.scales, self.photometry, self.geometry, spacing, find_lungs=self.lungs
+        )
+        whole = Geometry("stretch")
+        lungs = {scale: resize_mask(frames.lungs, scale, whole) for scale in self.scales} if self.lungs else {}
         # a store keeps 8 bits unless it is told otherwise
-        return {scale: np.rint(pixels * 255) / np.float32(255) for scale, pixels in frames.images.items()}, ""
+        images = {scale: np.rint(pixels * 255) / np.float32(255) for scale, pixels in frames.images.items()}
+        return images, lungs, ""
 
 
 def read_files(
-    paths: Sequence[str], scales: Sequence[int], photometry: Photometry, geometry: Geometry
-) -> Iterator[tuple[list[str], dict[int, torch.Tensor], list[dict[str, str]]]]:
-    """Files as prepare would store them, 32 at a time: (paths read, scale -> (N, 1, S, S) in [0, 1], rejected).
+    paths: Sequence[str], scales: Sequence[int], photometry: Photometry, geometry: Geometry, lungs: bool = False
+) -> Iterator[tuple[list[str], dict[int, torch.Tensor], dict[int, torch.Tensor], list[dict[str, str]]]]:
+    """Files as prepare would store them, 32 at a time: (paths read, scale -> images (N, 1, S, S) in [0, 1], scale -> lungs
+    (N, 1, S, S) bool, empty unless `lungs`, rejected).
 
     They are decoded in another process, so that a file that kills its decoder costs that file.
     """
-    reader = _Reader(tuple(scales), photometry, geometry)
+    reader = _Reader(tuple(scales), photometry, geometry, lungs)
     results = zip(paths, isolated(reader, paths))
     while group := list(islice(results, BATCH)):
-        read, images, rejected = [], [], []
+        read, images, fields, rejected = [], [], [], []
         for path, (result, fault) in group:
-            frames, reason = result or ({}, fault)
+            frames, field, reason = result or ({}, {}, fault)
             if reason:
                 rejected.append({"path": str(path), "reason": reason})
             else:
                 read.append(str(path))
                 images.append(frames)
-        stacked = (
-            {s: torch.from_numpy(np.stack([frames[s] for frames in images]))[:, None] for s in scales} if read else {}
-        )
-        yield read, stacked, rejected
+                fields.append(field)
+        yield read, _stacked(images), _stacked(fields), rejected
+
+
+def _stacked(frames: list[dict[int, np.ndarray]]) -> dict[int, torch.Tensor]:
+    """One (S, S) a file by scale -> (N, 1, S, S) by scale."""
+    scales = frames[0] if frames else ()
+    return {scale: torch.from_numpy(np.stack([frame[scale] for frame in frames]))[:, None] for scale in scales}
 
 
 def expand(paths: Sequence[str]) -> list[str]:
@@ -87,7 +99,8 @@ def expand(paths: Sequence[str]) -> list[str]:
 def predict(run: str, paths: Sequence[str], *, maps: str | None = None, quiet: bool = False) -> dict[str, Any]:
     """Scores of files: {"predictions": [{"path", "scores", "above"}], "rejected": [{"path", "reason"}]}.
 
-    maps: a folder that receives a heat map (PNG) per file and label.
+    maps: a folder that receives a heat map (PNG) per file and label. A predictor of the lungs or the background alone finds
+    the lungs of each file itself.
     """
     device = pick_device()
     predictor = load_predictor(run, device)
@@ -97,19 +110,26 @@ def predict(run: str, paths: Sequence[str], *, maps: str | None = None, quiet: b
     )
     predictions, rejected = [], []
     files = expand(paths)
-    names = _map_names(files)
+    names, span = _map_names(files), predictor.info.get("map_span")
+    need_lungs = any(member.region != "whole" for member in predictor.members)
     with Progress("predict", len(files), unit="files", quiet=quiet) as progress:
-        for read, images, bad in read_files(files, predictor.scales, photometry, geometry):
+        for read, images, lungs, bad in read_files(files, predictor.scales, photometry, geometry, need_lungs):
             rejected += bad
             if read:
-                scores = predictor.scores({scale: values.to(device) for scale, values in images.items()})
+                images, lungs = ({s: part.to(device) for s, part in some.items()} for some in (images, lungs))
+                scores = predictor.scores(images, lungs)
                 for path, row in zip(read, scores):
                     values = {label: float(value) for label, value in zip(predictor.labels, row)}
                     above = {label: value >= predictor.info["thresholds"][label] for label, value in values.items()}
                     predictions.append({"path": path, "scores": values, "above_threshold": above})
                 if maps:
-                    pixels = images[predictor.scales[0]].to(device)
-                    _write_maps(Path(maps), predictor, [names[path] for path in read], pixels)
+                    member = predictor.members[0]
+                    pixels, field = images[member.scale], lungs.get(member.scale)
+                    if span is None and member.scorer is not None and member.scorer.positions:
+                        # without recorded values one scale for all files, from the first of them
+                        with torch.no_grad():
+                            span = map_span(member.maps(pixels, field).float().cpu().numpy())
+                    _write_maps(Path(maps), predictor, [names[path] for path in read], pixels, field, span)
             progress.advance(len(read) + len(bad))
     if not predictions:
         raise CarinaError(f"none of the {len(rejected)} files could be read; the first reason: {rejected[0]['reason']}")
@@ -133,12 +153,12 @@ def _map_names(files: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _write_maps(folder: Path, predictor, names: list[str], images: torch.Tensor) -> None:
+def _write_maps(folder: Path, predictor, names: list[str], images: torch.Tensor, lungs, span) -> None:
     from carina.evaluate.report.figures import example
 
     member = predictor.members[0]
     for column, label in enumerate(predictor.labels):
-        heats = heat_maps(member, images, column)
+        heats = heat_maps(member, images, column, lungs, span)
         for name, image, heat in zip(names, images.cpu(), heats):
             picture = example(image[0].numpy(), heat, None, False)
             with atomic_path(folder / f"{name}-{label}.png") as temporary:
@@ -204,7 +224,7 @@ def _embed_files(run: str, backbone: Backbone, sources: Sequence[str], device) -
     photometry = Photometry.from_dict(facts["photometry"]) if "photometry" in facts else Photometry()
     geometry = Geometry.from_dict(facts["geometry"]) if "geometry" in facts else Geometry()
     files, done, rejected, features = expand(sources), [], [], []
-    for read, images, bad in read_files(files, [backbone.spec.size], photometry, geometry):
+    for read, images, _, bad in read_files(files, [backbone.spec.size], photometry, geometry):
         rejected += bad
         if read:
             done += read

@@ -11,21 +11,20 @@ import pandas as pd
 import torch
 from pydantic import Field
 
-from carina.data.batches import in_order, unit_tensor
 from carina.data.labels import to_targets
 from carina.data.manifest import find_manifest, overlap
 from carina.data.splits import linked_patients, stable_folds
 from carina.data.store import Selection, select
 from carina.errors import CarinaError
-from carina.evaluate.explain import heat_maps
+from carina.evaluate import anomaly
 from carina.evaluate.report import build_report
+from carina.evaluate.report.content import report_content
 from carina.files import read_json, write_json, write_table
 from carina.metrics.intervals import interval
 from carina.metrics.resampling import replicate
 from carina.models.predictor import Predictor, load_predictor
 from carina.progress import Progress
 from carina.recipes import Section, build
-from carina.runs import Run, environment
 from carina.training.engine import pick_device
 
 FACTS = ["image_id", "patient_id", "study_id", "split", "view", "sex", "age", "manufacturer"]
@@ -45,6 +44,7 @@ class EvaluateRecipe(Section):
     out: str | None
     resamples: Annotated[int, Field(ge=100)]
     examples: Annotated[int, Field(ge=0, le=200)]
+    controls: bool
     seed: int
 
 
@@ -60,8 +60,8 @@ def score_selection(predictor: Predictor, selection: Selection, quiet: bool = Tr
         for number, member in enumerate(predictor.members):
             member.to(device)
             weights = np.array([predictor.info["stack"][label][number] for label in predictor.labels])
-            for rows, images in in_order(selection, member.scale, device):
-                result[rows] += member.scores(images).double().cpu().numpy() * weights
+            for rows, images, lungs in anomaly.member_batches(member, selection, device):
+                result[rows] += member.scores(images, lungs).double().cpu().numpy() * weights
                 progress.advance(len(images))
     return result
 
@@ -146,6 +146,8 @@ def metric_table(frame: pd.DataFrame, labels: Sequence[str], thresholds: dict[st
             entry["threshold"] = thresholds[label]
             entry["sensitivity"] = float(above[sick].mean()) if sick.any() else None
             entry["specificity"] = float((~above[~sick]).mean()) if (~sick).any() else None
+        if column is not None:
+            entry["fpr95"] = anomaly.false_positive_rate(part[:, 0], scores[:, column])
         return entry
 
     rows = [row(label, column) for column, label in enumerate(labels)]
@@ -241,11 +243,37 @@ def evaluate(runs: str, overrides: Any = (), *, quiet: bool = False) -> dict[str
         "labels_hashes": selection.labels_hashes,
         "resamples": recipe.resamples,
         "table": table,
+        **(_beyond(done, table, recipe, quiet) if predictor.info["kind"] == "anomaly" else {}),
     }
     write_table(out / "predictions.parquet", frame.assign(age=frame["age"].astype(np.float32)))
     write_json(out / "metrics.json", result)
-    build_report(out, _report_content(result, frame, done, folders, recipe))
+    build_report(out, report_content(result, frame, done, folders[0], recipe.examples))
     return {**result, "out": str(out), "report": str(out / "report.html")}
+
+
+def _beyond(done: list[tuple], table: list[dict], recipe: EvaluateRecipe, quiet: bool) -> dict[str, Any]:
+    """What is told of an anomaly predictor only: its scorer and region, control rows, localization, and words."""
+    predictor, selection = done[0][0], done[0][1]
+    member = predictor.members[0]
+    controls, words = [], []
+    if recipe.controls:
+        parts = [(p, s) for p, s, _, _ in done]
+        controls, why = anomaly.measured_controls(parts, recipe.store, recipe.resamples, recipe.seed, quiet)
+        words += [why] if why else []
+    low = ["this predictor"] if anomaly.below_chance(table[0]["auroc"]) else []
+    low += [row["control"] for row in controls if not row["missing"] and anomaly.below_chance(row["auroc"])]
+    if low:
+        words.append(f"Below chance ({', '.join(dict.fromkeys(low))}): {anomaly.BELOW_CHANCE}.")
+    found = None
+    if len(done) == 1:  # maps of several fits have no common unit
+        found = anomaly.measured_maps(predictor, selection, recipe.resamples, recipe.seed, quiet)
+    return {
+        "scorer": member.scorer.settings.name,
+        "region": member.region,
+        "controls": controls,
+        "localization": found,
+        "words": words,
+    }
 
 
 def _check_free(out: Path, recipe: EvaluateRecipe) -> None:
@@ -270,122 +298,50 @@ def _same_protocol(predictors: list[Predictor]) -> None:
             raise CarinaError(f"these runs are not folds of one: {', '.join(changed)} differ")
 
 
-def _report_content(result, frame, done, folders, recipe) -> dict[str, Any]:
-    predictor, selection, scores, _ = done[0]
-    run = Run(folders[0])
-    has_run = (run.folder / "recipe.yaml").is_file()
-    unknown = int(frame["target"].isna().sum())
-    word = "synthetic " if result["synthetic"] else ""
-    best = result["table"][0]
-    what = "the mean over labels" if best["label"] == "macro" else best["label"]
-    headline = (
-        "Nothing can be estimated: " + best["note"]
-        if best["auroc"]["value"] is None
-        else (
-            f"AUROC {best['auroc']['value']:.3f} ({best['auroc']['low']:.3f} to {best['auroc']['high']:.3f}) for "
-            f"{what} on {result['images']} {word}images of {result['patients']} patients."
-        )
-    )
-    warnings = []
-    if result["synthetic"]:
-        warnings.append("These radiographs are synthetic: the figures say that the software runs, nothing of patients.")
-    if any(stage["patients"] for stage in result["overlap"]["stages"].values()) or result["overlap"]["doubts"]:
-        warnings.append(result["overlap_sentence"])
-    flow = [
-        {"what": "scored", "images": result["images"], "patients": result["patients"], "note": f"split {recipe.split}"}
-    ]
-    flow += [
-        {
-            "what": f"known {label}",
-            "images": int(frame.loc[frame["label"] == label, "target"].notna().sum()),
-            "patients": int(frame[(frame["label"] == label) & frame["target"].notna()]["patient_id"].nunique()),
-            "note": "",
-        }
-        for label in result["labels"]
-    ]
-    return {
-        "title": f"{'Anomaly detection' if result['kind'] == 'anomaly' else 'Classification'}, {result['mode']}: "
-        f"{predictor.members[0].backbone.spec.name}, split {recipe.split}",
-        "kind": result["kind"],
-        "score": result["score"],
-        "synthetic": result["synthetic"],
-        "summary": [headline, f"Backbone: {result['backbone']}.", result["overlap_sentence"]],
-        "warnings": warnings,
-        "metrics": result["table"],
-        "predictions": frame,
-        "examples": _examples(predictor, selection, scores, recipe.examples),
-        "data_flow": flow,
-        "labels_used": f"Pretext saw: {result['pretext_saw']}. Labels used: {result['labels_used']}. {unknown} unknown or "
-        f"uncertain values left out. Thresholds from {result['thresholds_from']}.",
-        "overlap": {
-            "sentence": result["overlap_sentence"],
-            "counts": {stage: seen["patients"] for stage, seen in result["overlap"]["stages"].items()},
-        }
-        if result["overlap"]["known"]
-        else None,
-        "recipe": _without_places(run.recipe()) if has_run else {},
-        "environment": run.environment() if has_run else environment(),
-        "how_to_cite": "carina (CITATION.cff), and the sources of the data and of the backbone.",
-    }
-
-
-def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in recipe.items() if key not in ("store", "out", "backbone")}
-
-
-def _examples(predictor: Predictor, selection: Selection, scores: np.ndarray, count: int) -> list[dict[str, Any]]:
-    """The most and least certain of right and wrong, dealt over the labels, with heat maps."""
-    targets = to_targets(selection.targets(predictor.labels))
-    chosen: list[tuple[int, int, str]] = []
-    each = -(-count // (4 * len(predictor.labels)))
-    for column, label in enumerate(predictor.labels):
-        above = scores[:, column] >= predictor.info["thresholds"][label]
-        order = np.argsort(-scores[:, column], kind="stable")
-        kinds = (
-            ("found", order, above & (targets[:, column] == 1)),
-            ("missed", order[::-1], ~above & (targets[:, column] == 1)),
-            ("false alarm", order, above & (targets[:, column] == 0)),
-            ("rightly left", order[::-1], ~above & (targets[:, column] == 0)),
-        )
-        for kind, ranked, which in kinds:
-            chosen += [(int(row), column, kind) for row in ranked if which[row]][:each]
-    member = predictor.members[0]
-    rows = []
-    for row, column, kind in chosen[:count]:
-        image = selection.images([row], member.scale)
-        pixels = unit_tensor(torch.from_numpy(image))
-        member.cpu()
-        heat = heat_maps(member, pixels, column)[0]
-        lungs = selection.masks([row], member.scale)[0]
-        rows.append(
-            {
-                "image": pixels[0, 0].numpy(),
-                "heat": heat,
-                "lungs": lungs if lungs.any() else None,
-                "caption": f"{predictor.labels[column]}: {kind}, score {scores[row, column]:.2f}",
-            }
-        )
-    return rows
-
-
 def terminal_table(result: dict[str, Any]) -> Any:
-    """The metric table for a terminal."""
+    """The metric table for a terminal; for anomaly detection with control rows and, where lesions are marked,
+    localization."""
+    from rich.console import Group
     from rich.table import Table
 
+    detects = result["kind"] == "anomaly"
     title = f"{result['kind']} {result['mode']}, split {result['split']}, {result['patients']} patients"
+    title += f", {result['scorer']}, {result['region']}" if detects else ""
     table = Table(title=title + (" (synthetic)" if result["synthetic"] else ""), caption=result["overlap_sentence"])
-    for name in ("label", "AUROC", "95 % interval", "average precision", "positives", "note"):
+    names = ["label", "AUROC", "95 % interval", "average precision"]
+    names += ["FPR at 95 % TPR"] * detects + ["positives"] + ["pretext saw", "labels used"] * detects + ["note"]
+    for name in names:
         table.add_column(name)
     for row in result["table"]:
-        auroc, ap = row["auroc"], row["ap"]
-        none = auroc["value"] is None
-        span = "-" if none or auroc["low"] is None else f"{auroc['low']:.3f} to {auroc['high']:.3f}"
-        table.add_row(
-            row["label"],
-            "-" if none else f"{auroc['value']:.3f}",
-            span,
-            "-" if ap["value"] is None else f"{ap['value']:.3f}",
-            f"{row['positives']} of {row['n']}",
-            row["note"],
-        )
-    return table
+        cells = [row["label"], *_figures(row["auroc"]), _three(row["ap"]["value"])]
+        cells += [_three(row["fpr95"])] * detects + [f"{row['positives']} of {row['n']}"]
+        cells += [result["pretext_saw"], result["labels_used"]] * detects
+        table.add_row(*cells, row["note"])
+    shown = [table]
+    if result.get("controls"):
+        shown.append(Table(title="control rows", caption="pretext saw: nothing; labels used: the normal flag"))
+        for name in ("control", "method", "AUROC", "95 % interval", "average precision", "FPR at 95 % TPR"):
+            shown[-1].add_column(name)
+        for row in result["controls"]:
+            figures = [row["missing"]]
+            if not row["missing"]:
+                figures = [*_figures(row["auroc"]), _three(row["ap"]["value"]), _three(row["fpr95"])]
+            shown[-1].add_row(row["control"], row["method"], *figures)
+    if result.get("localization"):
+        found = result["localization"]
+        shown.append(Table(title="localization", caption=anomaly.localization_words(found)))
+        for name in ("", "value", "95 % interval", "chance", "what it is"):
+            shown[-1].add_column(name)
+        for row in anomaly.localization_rows(found):
+            shown[-1].add_row(row["name"], *_figures(row["found"]), _three(row["chance"]), row["words"])
+    return Group(*shown, *result.get("words", []))
+
+
+def _figures(found: dict[str, Any]) -> tuple[str, str]:
+    """A figure and its interval, as cells."""
+    none = found["value"] is None or found["low"] is None
+    return _three(found["value"]), "-" if none else f"{found['low']:.3f} to {found['high']:.3f}"
+
+
+def _three(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -8,7 +8,9 @@ from pydantic import Field
 
 from carina.data.labels import Uncertain
 from carina.imaging.views import ViewSettings
+from carina.models.features import Region
 from carina.models.pasting import PastingSettings
+from carina.models.scorers import ScorerSettings
 from carina.recipes import Section
 from carina.training.engine import TrainingSettings
 
@@ -16,13 +18,6 @@ from carina.training.engine import TrainingSettings
 class ProbeSettings(Section):
     strengths: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
     folds: Annotated[int, Field(ge=2)]
-
-
-class ScorerSettings(Section):
-    name: Literal["gaussian", "knn"]
-    components: Annotated[int, Field(ge=1)] | None
-    neighbors: Annotated[int, Field(ge=1)]
-    normalize: bool
 
 
 class FinetuneRecipe(TrainingSettings):
@@ -43,8 +38,15 @@ class FinetuneRecipe(TrainingSettings):
     size: Annotated[int, Field(ge=16)] | None
     mode: Literal["frozen", "full"]
     probe: ProbeSettings
+    region: Region
     scorer: ScorerSettings
     false_positive_rate: Annotated[float, Field(gt=0, lt=1)]
+    cross_folds: Annotated[int, Field(ge=2)]
+    fixed_norms: bool | None
+    contamination: Annotated[float, Field(ge=0, lt=0.5)]
+    select: Literal["last", "aucp", "validation"]
+    pool_rows: str | None
+    pool_prevalence: Annotated[float, Field(gt=0, lt=1)] | None
     views: ViewSettings
     pasting: PastingSettings
     out: str | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,16 @@ from carina.data.manifest import seen_rows, write_manifest
 from carina.data.splits import linked_patients, patient_subset, stable_folds
 from carina.data.store import Selection, select
 from carina.errors import CarinaError
-from carina.finetune.anomaly import Pasting, cross_fitted_distances, distances, fit_scorer
+from carina.files import write_json
+from carina.finetune import anomaly
 from carina.finetune.classify import Classification, probe
 from carina.finetune.recipe import FinetuneRecipe
-from carina.metrics.ranking import youden
+from carina.metrics.ranking import auroc, youden
 from carina.models.backbones import EXTERNAL, Backbone, backbone_record, load_backbone
 from carina.models.hub import predictor_card
 from carina.models.predictor import Member, Predictor, save_predictor
+from carina.models.scorers import SCORERS, Read, ScorerSettings
+from carina.progress import Progress
 from carina.recipes import build
 from carina.runs import Run
 from carina.training.engine import Engine, pick_device, resolved
@@ -50,7 +54,7 @@ def finetune(
     backbone = load_backbone(
         reference, size=size, architecture=recipe.architecture, seed=recipe.seed, mean=mean, std=std
     )
-    work = _Work(recipe, train, held_out, backbone, scale, quiet)
+    work = _Work(recipe, train, held_out, _judged(recipe, everything, train), backbone, scale, quiet)
     if dry_run:
         return work.dry_run()
     run = work.start(resume)
@@ -74,12 +78,10 @@ def _check(recipe: FinetuneRecipe, dry_run: bool) -> None:
         raise CarinaError("finetune needs a place for the run; give out=FOLDER")
     if not recipe.labels:
         raise CarinaError("finetune classify needs the findings to learn; give labels=[NAME,...]")
-    if recipe.task == "anomaly" and recipe.labels != [ABNORMAL]:
-        raise CarinaError(f"anomaly detection scores '{ABNORMAL}' and takes no other labels; leave labels= out")
+    if recipe.task == "anomaly":
+        anomaly.check(recipe)
     if recipe.folds is not None and recipe.fold >= recipe.folds:
         raise CarinaError(f"fold={recipe.fold} is not one of the {recipe.folds} folds; give 0 to {recipe.folds - 1}")
-    if recipe.task == "anomaly" and recipe.patients is not None:
-        raise CarinaError("patients= counts labelled patients of classify; anomaly uses every normal of the rows")
 
 
 def _rows(recipe: FinetuneRecipe, everything: Selection) -> tuple[Selection, Selection | None]:
@@ -88,18 +90,19 @@ def _rows(recipe: FinetuneRecipe, everything: Selection) -> tuple[Selection, Sel
         folds = stable_folds(linked_patients(everything.table).tolist(), recipe.folds, recipe.draw)
         train, held_out = everything.where(folds != recipe.fold), None
     else:
-        train = everything.split(recipe.rows)
-        held_out = everything.split(recipe.threshold_rows) if recipe.threshold_rows else None
+        train = everything.split(*recipe.rows.split("+"))
+        held_out = everything.split(*recipe.threshold_rows.split("+")) if recipe.threshold_rows else None
         if not len(train):
             have = ", ".join(sorted(set(everything.table["split"])))
             raise CarinaError(f"no row has split={recipe.rows} (the store has {have}); give rows= to match")
     targets = to_targets(train.targets(recipe.labels), recipe.uncertain)
     if recipe.task == "anomaly":
-        train = train.where(targets[:, 0] == 0)
-        if not len(train):
+        normal = targets[:, 0] == 0
+        if not normal.any():
             raise CarinaError(
                 "no training row is known to be normal (abnormal = 0); anomaly detection learns from normals"
             )
+        train = train.where(anomaly.contaminated(train, normal, targets[:, 0] == 1, recipe.contamination, recipe.seed))
         if held_out is not None:
             held_out = held_out.where(held_out.targets(recipe.labels)[:, 0] == 0)
     else:
@@ -112,6 +115,25 @@ def _rows(recipe: FinetuneRecipe, everything: Selection) -> tuple[Selection, Sel
         if not len(train):
             raise CarinaError(f"no training row has a known value of {', '.join(recipe.labels)}; check labels=")
     return train, held_out if held_out is not None and len(held_out) else None
+
+
+def _judged(recipe: FinetuneRecipe, everything: Selection, train: Selection) -> Selection | None:
+    """The rows on which checkpoints are compared; None where the last one is kept."""
+    if recipe.task != "anomaly" or recipe.select == "last":
+        return None
+    name = recipe.pool_rows if recipe.select == "aucp" else recipe.threshold_rows
+    rows = everything.split(*name.split("+"))
+    shared = set(rows.table["patient_id"]) & set(train.table["patient_id"])
+    if not len(rows):
+        raise CarinaError(
+            f"no row has split={name}, which select={recipe.select} compares checkpoints on; name another"
+        )
+    if shared:
+        raise CarinaError(
+            f"{len(shared)} patients of split={name} are trained on, so select={recipe.select} would judge what it has "
+            "seen; name rows of other patients"
+        )
+    return rows
 
 
 def _scale_and_size(recipe: FinetuneRecipe, selection: Selection) -> tuple[int, int | None]:
@@ -132,11 +154,17 @@ class _Work:
     """One fine-tuning run, step by step."""
 
     def __init__(
-        self, recipe, train: Selection, held_out: Selection | None, backbone: Backbone, scale: int, quiet: bool
+        self,
+        recipe: FinetuneRecipe,
+        train: Selection,
+        held_out: Selection | None,
+        judged: Selection | None,
+        backbone: Backbone,
+        scale: int,
+        quiet: bool,
     ):
-        self.recipe, self.selection, self.held_out = recipe, train, held_out
+        self.recipe, self.selection, self.held_out, self.judged = recipe, train, held_out, judged
         self.backbone, self.scale, self.quiet = backbone, scale, quiet
-        self.head = None
         self.device = pick_device()
         self.engine = self._engine() if recipe.mode == "full" else None
         rank = int(os.environ.get("RANK", 0)) if self.engine is None else self.engine.rank
@@ -151,7 +179,7 @@ class _Work:
         classify = recipe.task == "classify"
         if not classify:
             self.selection.check_lungs()
-        task = Classification(self.backbone, recipe) if classify else Pasting(self.backbone, recipe)
+        task = Classification(self.backbone, recipe) if classify else anomaly.Pasting(self.backbone, recipe)
         targets = to_targets(self.selection.targets(recipe.labels), recipe.uncertain) if classify else None
         return Engine(
             task,
@@ -191,7 +219,6 @@ class _Work:
             return facts
         facts = self.engine.fit(run, resume=resume)
         self.backbone = self.engine.task.backbone
-        self.head = getattr(self.engine.task, "head", None)
         return facts
 
     @torch.no_grad()
@@ -204,13 +231,33 @@ class _Work:
     def predictor(self, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
         recipe = self.recipe
         self.backbone.eval()
+        rows = [seen_rows(self.selection, f"finetune {recipe.task}")]
+        if self.held_out is not None:
+            rows.append(seen_rows(self.held_out, "thresholds"))
         if recipe.task == "classify":
-            member, extra = self._classifier()
+            info = self._save(run, run.folder / "predictor", facts, *self._classifier())
+        elif recipe.select == "last":
+            info = self._save(run, run.folder / "predictor", facts, *self._detector())
         else:
+            last = self._save(run, run.folder / "predictor-last", facts, *self._detector())
+            choice, judged = self._choose(run)
+            rows.append(seen_rows(judged, "choosing the checkpoint"))
             member, extra = self._detector()
-        member = member.cpu().eval()
+            info = self._save(run, run.folder / "predictor", facts, member, {**extra, "choice": choice})
+            run.log(
+                f"The checkpoint after {choice['step']} steps is kept by {recipe.select} "
+                + ("" if choice["informative"] else "(not informative: the checkpoints span less than 0.05) ")
+                + f"and the last one lies beside it in predictor-last (threshold {last['thresholds'][ABNORMAL]:.4g})"
+            )
+        write_manifest(
+            run.folder, pd.concat(rows), began_with=recipe.backbone, natural_images=recipe.backbone in EXTERNAL
+        )
+        return info
+
+    def _save(self, run: Run, folder: Path, facts: dict[str, Any], member: Member, extra: dict[str, Any]) -> dict:
+        recipe, member = self.recipe, member.cpu().eval()
         table, past = self.selection.table, backbone_record(recipe.backbone)
-        saw = "normals only" if recipe.task == "anomaly" else "labelled images"
+        saw = anomaly.saw(recipe) if recipe.task == "anomaly" else "labelled images"
         info = {
             "kind": recipe.task,
             "mode": recipe.mode,
@@ -231,22 +278,19 @@ class _Work:
             "folds": recipe.folds,
             "fold": recipe.fold if recipe.folds is not None else None,
             "where": recipe.where,
+            "rows": recipe.rows,
             "training": facts,
             **extra,
         }
         predictor = Predictor(info, [member])
         members = [{"backbone": member.backbone.spec.to_dict(), "scale": self.scale}]
-        save_predictor(run.folder / "predictor", predictor, predictor_card({**info, "members": members}, [], None))
-        rows = [seen_rows(self.selection, f"finetune {recipe.task}")]
-        if self.held_out is not None:
-            rows.append(seen_rows(self.held_out, "thresholds"))
-        write_manifest(
-            run.folder, pd.concat(rows), began_with=recipe.backbone, natural_images=recipe.backbone in EXTERNAL
-        )
+        save_predictor(folder, predictor, predictor_card({**info, "members": members}, [], None))
         return info
 
     def _labels_used(self) -> str:
         if self.recipe.task == "anomaly":
+            if self.recipe.select == "validation":
+                return "the normal flag and validation labels, which chose the checkpoint"
             return "the normal flag" + (" and validation normals" if self.held_out is not None else "")
         patients = self.selection.table["patient_id"].nunique()
         return f"{patients} patients" + (" and validation for thresholds" if self.held_out is not None else "")
@@ -267,7 +311,7 @@ class _Work:
             )
             extra["probe"] = chosen
         else:
-            head = self.head.float()
+            head = self.engine.task.head.float()
         member = Member(self.backbone.to("cpu"), self.scale, head.to("cpu"), None).eval()
         if self.held_out is not None:
             rows, source = self.held_out, "validation patients (Youden)"
@@ -289,21 +333,59 @@ class _Work:
                 extra["thresholds_from"] = f"{source}; 0.5 where those hold one class only or nothing was cross-fitted"
         return member, extra
 
+    def _read(self, selection: Selection, settings: ScorerSettings, quiet: bool = True) -> Read:
+        return anomaly.collect(self.backbone, selection, self.scale, settings, self.recipe.region, self.device, quiet)
+
     def _detector(self) -> tuple[Member, dict[str, Any]]:
-        recipe = self.recipe
-        normals = self.features(self.selection)
-        scorer = fit_scorer(normals, recipe.scorer)
+        recipe, settings = self.recipe, self.recipe.scorer
+        extra: dict[str, Any] = {"score": "distance", "contamination": recipe.contamination}
+        if settings.name == "head":
+            scorer = SCORERS["head"].of(self.engine.task.task.head, settings)
+            normals = None
+        else:
+            normals = self._read(self.selection, settings, self.quiet)
+            scorer = anomaly.fit_scorer(normals, settings)
+        member = Member(self.backbone, self.scale, None, scorer, recipe.region)
         if self.held_out is not None:
-            scores, source = distances(scorer, self.features(self.held_out)), "validation normals"
+            scores, source = anomaly.member_distances(member, self.held_out, self.device), "validation normals"
+        elif normals is None:
+            raise CarinaError("scorer.name=head was trained on these normals; its threshold needs threshold_rows=SPLIT")
         else:
             patients = self.selection.table["patient_id"].tolist()
-            scores = cross_fitted_distances(normals, patients, recipe.scorer, recipe.seed)
+            scores, _ = anomaly.cross_fitted_distances(normals, patients, settings, recipe.seed, recipe.cross_folds)
             source = "cross-fitted training normals"
         threshold = float(np.quantile(scores, 1 - recipe.false_positive_rate))
-        member = Member(self.backbone.to("cpu"), self.scale, None, scorer)
         return member, {
-            "score": "distance",
-            "scorer": recipe.scorer.model_dump(),
+            **extra,
             "thresholds": {ABNORMAL: threshold},
             "thresholds_from": f"{source} ({recipe.false_positive_rate:.0%} false positives)",
         }
+
+    def _choose(self, run: Run) -> tuple[dict[str, Any], Selection]:
+        """Leave the task at the checkpoint that `select` prefers; returns the choice and the rows that it was made on."""
+        recipe, judged = self.recipe, self.judged
+        patients = self.selection.table["patient_id"].tolist()
+        key = "aucp" if recipe.select == "aucp" else "auroc"
+        table, steps = [], anomaly.checkpoint_steps(run)
+        # the head has seen the training normals and cannot be fitted without some of them
+        settings = (
+            recipe.scorer.model_copy(update={"name": "gaussian"}) if recipe.scorer.name == "head" else recipe.scorer
+        )
+        for word in anomaly.pool_words(len(judged), recipe.pool_prevalence) if key == "aucp" else []:
+            run.log(word)
+        targets = to_targets(judged.targets([ABNORMAL]))[:, 0]
+        with Progress(f"select {recipe.select}", len(steps), unit="checkpoints", quiet=self.quiet) as progress:
+            for step, folder in steps:
+                anomaly.load_checkpoint(self.engine.task, folder)
+                if key == "aucp":
+                    normals, pool = self._read(self.selection, settings), self._read(judged, settings)
+                    value = anomaly.aucp(normals, patients, pool, settings, recipe.seed, recipe.cross_folds)
+                else:
+                    value = auroc(targets, anomaly.member_distances(self._detector()[0], judged, self.device))
+                table.append({"step": step, key: value})
+                progress.advance(note=f"step {step} {value:.3f}")
+        choice = anomaly.facts_of_choice(table, key)
+        anomaly.load_checkpoint(self.engine.task, dict(steps)[choice["step"]])
+        choice |= {"by": recipe.select, "images": len(judged), "prevalence": recipe.pool_prevalence}
+        write_json(run.folder / "selection.json", {**choice, "checkpoints": table})
+        return choice, judged

@@ -16,6 +16,7 @@ from carina.pretrain.pretexts.dinov2 import DINOv2Settings
 from carina.pretrain.pretexts.mae import MAESettings
 from carina.pretrain.pretexts.moco import MoCoSettings
 from carina.pretrain.pretexts.mocov3 import MoCoV3Settings
+from carina.pretrain.pretexts.nsa import NSASettings
 from carina.pretrain.pretexts.patches import PatchContrastSettings
 from carina.pretrain.pretexts.simclr import SimCLRSettings
 from carina.pretrain.pretexts.simmim import SimMIMSettings
@@ -40,6 +41,7 @@ class PretextSettings(Section):
     dinov2: DINOv2Settings
     anatpaste: AnatPasteSettings
     cutpaste: CutPasteSettings
+    nsa: NSASettings
     patches: PatchContrastSettings
 
     def weights(self) -> dict[str, float]:

@@ -1,52 +1,135 @@
-"""Synthetic lesions on batches: pasted into the lungs (AnatPaste) or anywhere (CutPaste).
+"""Synthetic lesions on batches: pieces of a radiograph, of its own or of another patient's, put where they do not belong.
 
 AnatPaste: Sato et al., "Anatomy-aware self-supervised learning for anomaly detection in chest radiographs",
-iScience 2023 (doi 10.1016/j.isci.2023.107086). Re-derived from the paper with every length as a fraction of the side
-(the paper's 256 px), lung masks from the store, and the whole batch at once.
+iScience 2023 (doi 10.1016/j.isci.2023.107086). CutPaste: Li et al., "CutPaste: self-supervised learning for anomaly
+detection and localization", CVPR 2021 (arXiv 2104.04015). Foreign patch interpolation (FPI): Tan et al., "Detecting
+outliers with foreign patch interpolation", 2020 (arXiv 2011.04197). Natural synthetic anomalies (NSA): Schlueter et
+al., ECCV 2022 (arXiv 2109.15222), by Poisson image editing (Perez et al., SIGGRAPH 2003).
 
-CutPaste: Li et al., "CutPaste: self-supervised learning for anomaly detection and localization", CVPR 2021 (arXiv
-2104.04015), its pixels at 256 px likewise as fractions of the side.
+Re-derived from the papers with every length as a fraction of the side (of 256 px where a paper counts pixels). Lung masks
+come from the store. A sample's result depends on its own draws alone, not on the batch that it stands in. Everything is
+computed in windows as large as the largest patch, and on a CPU in pieces of the batch that stay in its cache.
+
+Differences from AnatPaste's paper, each because its picture gives the paste away: the patch is cut inside the box around
+the lungs, not from the black frame or over a marker; where the blur reaches beyond the patch the image goes on, not a
+straight edge; towards the edge of the lungs the paste fades within a hundredth of the side.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from carina.draws import Draws
-from carina.imaging.views import gaussian_blur, jitter
+from carina.imaging.views import CACHED, jitter
 
 AREA = (0.02, 0.15)  # of the image
 ASPECT = (0.3, 1 / 0.3)  # log-uniform
 MARGIN = 10 / 256  # the blend shape is smaller than the patch by this on every side
-BLUR = 14 / 256  # largest sigma of the blend mask
+BLUR = (4 / 256, 14 / 256)  # sigma of the blend mask; from 0 in the paper, where the sharpest edges give a paste away
 OPACITY = (150 / 255, 1.0)
 JITTER = 0.1
+NEAR_ONE = (1 - JITTER, 1 + JITTER)
 SMALLEST = 0.01  # of the side: a shape keeps at least this half-axis, whatever the margin takes
+FADE = 0.016  # of the side: over which the paste fades towards the edge of the lungs
+SIGMAS = 2  # where the blur ends
+GRID = 1 / 128  # of the side: step at which shapes are drawn before they are blurred
 SCAR_WIDTH = (2 / 256, 16 / 256)  # of the side
 SCAR_LENGTH = (10 / 256, 25 / 256)
 SCAR_ANGLE = 45.0  # degrees to either side of upright
+FOREIGN_SIDE = (0.1, 0.4)  # FPI: of the side
+FOREIGN_SHARE = (0.05, 0.95)  # FPI: how much of the other image
+BLEND_SIDE = (0.06, 0.4)  # NSA: least, to which a Gamma(2, 0.1) is added, and largest
+BLEND_SCALE = (0.7, 1.3)  # NSA: how much larger than at its source, normal around 1 with deviation 0.5, cut here
+BLEND_SHIFT = 0.25  # NSA: largest distance from the source to where it goes, on each axis
+BLEND_PATCHES = 3  # NSA: at most; each after the first comes by a coin
+CHANGE = (1 / 12, 24)  # NSA: slope and middle of the logistic from change in gray levels of 255 to the map
 
 
 def _column(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32)).to(like.device)[:, None, None]
 
 
+def _pieces(sizes: np.ndarray, device: torch.device) -> Iterator[np.ndarray]:
+    """Rows of a batch whose windows are (B, 2) pixels: on a CPU so few at a time that windows of the largest size stay in its
+    cache, and such of like sizes; elsewhere all at once."""
+    if device.type != "cpu":
+        yield np.arange(len(sizes))
+        return
+    bands = np.argsort(np.argsort(sizes[:, 0], kind="stable"), kind="stable") // max(1, round(len(sizes) ** 0.5))
+    piece, most = [], np.zeros(2, dtype=np.int64)
+    for row in np.lexsort((sizes[:, 1], bands)):
+        wider = np.maximum(most, sizes[row])
+        if piece and wider.prod() * (len(piece) + 1) > CACHED:
+            yield np.array(piece)
+            piece, wider = [], sizes[row]
+        piece, most = [*piece, row], wider
+    yield np.array(piece)
+
+
+# -- windows ------------------------------------------------------------------------------------------------------------
+
+
+def _places(rows: torch.Tensor, starts: torch.Tensor, height: int, width: int, side: int) -> torch.Tensor:
+    """(N, height, width) int64 places in the flattened batch, of windows that begin at `starts` (N, 2) in images `rows`;
+    where a window leaves the image, the nearest pixel's."""
+    down = (starts[:, 0, None] + torch.arange(height, device=rows.device)).clamp(0, side - 1)
+    across = (starts[:, 1, None] + torch.arange(width, device=rows.device)).clamp(0, side - 1)
+    return ((rows[:, None] * side + down) * side)[:, :, None] + across[:, None, :]
+
+
+def _read(images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    return images.view(-1).index_select(0, places.view(-1)).view(places.shape)
+
+
+# -- places in the lungs ------------------------------------------------------------------------------------------------
+
+
 def lung_points(masks: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
     """A uniformly drawn pixel of each mask (B, 1, S, S) bool -> (row (B,), column (B,)); the center of an empty one."""
-    batch, _, height, width = masks.shape
-    flat = masks.reshape(batch, -1).to(torch.int64)
-    counts = flat.cumsum(dim=1)
-    total = counts[:, -1]
+    height, width = masks.shape[-2:]
+    ends = masks[:, 0].sum(dim=2, dtype=torch.int32).cumsum(dim=1)
+    total = ends[:, -1]
     unit = torch.from_numpy(draws.uniform("lung point").astype(np.float64)).to(masks.device)
-    rank = torch.minimum((unit * total).floor().to(torch.int64), (total - 1).clamp(min=0)) + 1
-    place = torch.searchsorted(counts, rank[:, None]).squeeze(1)
-    center = (height // 2) * width + width // 2
-    place = torch.where(total > 0, place, torch.full_like(place, center))
-    return place // width, place % width
+    rank = torch.minimum((unit * total).floor().to(torch.int64), (total - 1).clamp(min=0))[:, None]
+    row = torch.searchsorted(ends, rank, right=True).clamp(max=height - 1)
+    before = torch.where(row > 0, ends.gather(1, (row - 1).clamp(min=0)), 0)
+    line = masks[:, 0].gather(1, row[:, :, None].expand(-1, 1, width))[:, 0].to(torch.int32).cumsum(dim=1)
+    column = torch.searchsorted(line, rank - before, right=True).clamp(max=width - 1)
+    empty = total == 0
+    return torch.where(empty, height // 2, row[:, 0]), torch.where(empty, width // 2, column[:, 0])
+
+
+def _bounds(masks: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last row (axis 0) or column (axis 1) of each mask (B, 1, S, S) bool; the whole image for an empty one."""
+    there = masks[:, 0].view(torch.uint8).amax(dim=2 - axis)
+    length = there.shape[1]
+    first, last = there.argmax(dim=1), length - 1 - there.flip(1).argmax(dim=1)
+    return first, last
+
+
+def _within(unit: np.ndarray, size: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Centers of intervals of `size` (B,) that lie inside [first, last]; the middle where they do not fit."""
+    room = last - first + 1 - size
+    start = torch.from_numpy(unit.astype(np.float64)).to(size.device) * (room.clamp(min=0) + 1)
+    center = first + start.floor().minimum(room.clamp(min=0)) + torch.where(room < 0, room // 2, 0)
+    return (center + size // 2).to(torch.int64)
+
+
+def _centers(masks: torch.Tensor | None, images: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    """A lung pixel of each image, or any pixel where there are no masks."""
+    if masks is not None:
+        return lung_points(masks, draws)
+    side = images.shape[-1]
+    at = torch.from_numpy(np.stack([draws.integers(f"center {axis}", 0, side) for axis in "yx"])).to(images.device)
+    return at[0], at[1]
+
+
+# -- AnatPaste ----------------------------------------------------------------------------------------------------------
 
 
 def anatpaste(images: torch.Tensor, masks: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,41 +138,103 @@ def anatpaste(images: torch.Tensor, masks: torch.Tensor, draws: Draws) -> tuple[
     images: (B, 1, S, S) in [0, 1]. masks: (B, 1, S, S) bool, the lungs. Returns the pasted images and the alpha map
     (B, 1, S, S) in [0, 1]; outside the mask alpha is 0 and the image unchanged to the bit.
     """
-    batch, _, side, _ = images.shape
-    draws = draws.part("anatpaste")
+    side, device, draws = images.shape[-1], images.device, draws.part("anatpaste")
     area = draws.uniform("area", *AREA) * side * side
     ratio = np.exp(draws.uniform("aspect", math.log(ASPECT[0]), math.log(ASPECT[1])))
-    patch_h = np.minimum(np.sqrt(area * ratio), side).round()
-    patch_w = np.minimum(np.sqrt(area / ratio), side).round()
-    from_y = np.floor(draws.uniform("from y") * (side - patch_h + 1))
-    from_x = np.floor(draws.uniform("from x") * (side - patch_w + 1))
-    center_y, center_x = (value.float()[:, None, None] for value in lung_points(masks, draws))
+    size = np.minimum(np.sqrt(np.stack([area * ratio, area / ratio], axis=1)), side).round()
+    half = np.maximum(size / 2 - MARGIN * side, SMALLEST * side)
+    sigma = draws.uniform("blur", *BLUR)[:, None] * side
+    reach = half + SIGMAS * sigma
+    step = max(1, int(GRID * side))
+    offsets = step * np.arange(-math.ceil(5 * BLUR[1] / GRID), math.ceil(5 * BLUR[1] / GRID) + 1)
+    whole = np.exp(-0.5 * (offsets / sigma) ** 2).sum(axis=1, keepdims=True)  # of the blur's kernel
+    columns = [half, reach, sigma, whole, draws.coin("shape")[:, None]]
+    for name, low, high in (("opacity", *OPACITY), ("brightness", *NEAR_ONE), ("contrast", *NEAR_ONE)):
+        columns.append(draws.uniform(name, low, high)[:, None])
+    drawn = torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float32)).to(device)
+    target = torch.stack(lung_points(masks, draws), dim=1)
+    sizes, unit = torch.from_numpy(size.astype(np.int64)).to(device), draws.uniform("from", shape=(2,))
+    source = torch.stack([_within(unit[:, axis], sizes[:, axis], *_bounds(masks, axis)) for axis in (0, 1)], dim=1)
 
-    rows = torch.arange(side, device=images.device, dtype=torch.float32)[None, :, None]
-    columns = torch.arange(side, device=images.device, dtype=torch.float32)[None, None, :]
-    dy, dx = rows - center_y, columns - center_x
+    images, faded = images.contiguous(), _faded(masks)
+    pasted, alphas = images.clone(), torch.zeros_like(images)
+    halves, reaches = np.ceil(half / step).astype(int), np.ceil(reach).astype(int)
+    with torch.autocast(device.type, enabled=False):
+        for own in _pieces(2 * reaches + 1, device):
+            rows = torch.from_numpy(own).to(device)
+            given = drawn[rows], source[rows], target[rows], step, halves[own].max(axis=0), reaches[own].max(axis=0)
+            places, alpha, change = _anatpaste(images, faded, rows, *given)
+            # added, because the windows' parts beyond the image, of no change, stand for pixels at its border
+            pasted.view(-1).scatter_add_(0, places.view(-1), change.view(-1))
+            alphas.view(-1).scatter_add_(0, places.view(-1), alpha.view(-1))
+    return pasted, alphas
 
-    least = SMALLEST * side
-    half_h = _column(np.maximum(patch_h / 2 - MARGIN * side, least), images)
-    half_w = _column(np.maximum(patch_w / 2 - MARGIN * side, least), images)
-    ellipse = (dy / half_h) ** 2 + (dx / half_w) ** 2 <= 1
-    rectangle = (dy.abs() <= half_h) & (dx.abs() <= half_w)
-    is_ellipse = torch.from_numpy(draws.coin("shape")).to(images.device)[:, None, None]
-    shape = torch.where(is_ellipse, ellipse, rectangle).float()
-    # The patch ends where its pixels end, so a wide blur cannot reach beyond it.
-    inside = (dy.abs() <= _column(patch_h / 2, images)) & (dx.abs() <= _column(patch_w / 2, images))
-    sigma = torch.from_numpy(draws.uniform("blur", 0.0, BLUR * side)).to(images.device)
-    soft = gaussian_blur(shape[:, None], sigma, BLUR * side)[:, 0] * inside
-    alpha = (soft * _column(draws.uniform("opacity", *OPACITY), images))[:, None] * masks
 
-    # The patch's own center comes to lie on the lung pixel; reading outside the image repeats its border.
-    shift_y = _column(from_y + np.floor(patch_h / 2), images) - center_y
-    shift_x = _column(from_x + np.floor(patch_w / 2), images) - center_x
-    source_y = (rows + shift_y).clamp(0, side - 1).long().expand(batch, side, side)
-    source_x = (columns + shift_x).clamp(0, side - 1).long().expand(batch, side, side)
-    flat = jitter(images, draws.part("patch"), JITTER).reshape(batch, -1)
-    patch = flat.gather(1, (source_y * side + source_x).reshape(batch, -1)).reshape(batch, 1, side, side)
-    return torch.where(alpha > 0, images + alpha * (patch - images), images), alpha
+def _anatpaste(
+    images: torch.Tensor,
+    faded: torch.Tensor,
+    rows: torch.Tensor,
+    drawn: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    step: int,
+    halves: np.ndarray,
+    reaches: np.ndarray,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Places, alpha and change (N, height, width) of the images `rows`. drawn: (N, 10) in the order of `anatpaste`;
+    source, target: (N, 2) middles; halves: of the largest shape, in steps; reaches: of the largest window, in pixels."""
+    side, device = images.shape[-1], images.device
+    half, reach, (sigma, whole, is_ellipse, opacity, brightness, contrast) = drawn[:, :2], drawn[:, 2:4], drawn[:, 4:].T
+    height, width = lengths = (2 * reaches + 1).tolist()
+    starts = target - torch.from_numpy(reaches).to(device)
+    distances, blurs = [], []
+    for axis, (length, most) in enumerate(zip(lengths, halves.tolist())):
+        inner = step * torch.arange(-most, most + 1, device=device)
+        distance = (inner / half[:, axis, None]) ** 2
+        distances.append(torch.where(is_ellipse[:, None] > 0, distance, 2.0 * (distance > 1)))  # rectangle: 0 in, 2 out
+        outer = torch.arange(length, device=device) - length // 2
+        ends = length // 2 + step * most
+        kernel = torch.exp(-0.5 * (torch.arange(-ends, ends + 1, device=device) / sigma[:, None]) ** 2)
+        blur = kernel.as_strided((len(rows), length, 2 * most + 1), (kernel.shape[1], 1, step))
+        there = target[:, axis, None] + outer
+        there = (outer.abs() <= reach[:, axis, None]) & (there >= 0) & (there < side)
+        blurs.append(blur * (there / whole[:, None])[:, :, None])
+    shape = (distances[0][:, :, None] + distances[1][:, None, :] <= 1).float()
+    alpha = (blurs[0] @ (shape * opacity[:, None, None])) @ blurs[1].transpose(1, 2)
+    places = _places(rows, starts, height, width, side)
+    alpha *= (_read(faded, places) * (2 / _span(side) ** 2)).sub_(1).clamp_(min=0)
+
+    patch = _read(images, _places(rows, starts + source - target, height, width, side))
+    mean = (patch * alpha).sum(dim=(1, 2)) / alpha.sum(dim=(1, 2)).clamp(min=1e-6)
+    slope = brightness * contrast
+    patch = patch.mul_(slope[:, None, None]).add_((mean * (brightness - slope))[:, None, None]).clamp_(0, 1)
+    here = _read(images, places)
+    return places, alpha, patch.sub_(here).mul_(alpha)
+
+
+def _span(side: int) -> int:
+    """A power of two near FADE on both sides of a pixel."""
+    return 2 ** max(1, round(math.log2(2 * FADE * side)))
+
+
+def _faded(masks: torch.Tensor) -> torch.Tensor:
+    """(B, 1, S, S) of masks: 0 outside, inside how many pixels of the square of _span around each are lung: half of them at
+    a straight edge, all of them from FADE inside."""
+    span = _span(masks.shape[-1])
+    result = torch.empty(masks.shape, dtype=torch.uint8 if span < 16 else torch.int16, device=masks.device)
+    for lungs, out in zip(masks.split(16), result.split(16)):
+        lungs = lungs.to(result.dtype)
+        share = F.pad(lungs, (span // 2, span // 2 - 1, span // 2, span // 2 - 1))
+        step = 1
+        while step < span:  # sums of 2, 4, 8, ... neighbors
+            share = share[:, :, :-step] + share[:, :, step:]
+            share = share[..., :-step] + share[..., step:]
+            step *= 2
+        torch.mul(share, lungs, out=out)
+    return result
+
+
+# -- CutPaste -----------------------------------------------------------------------------------------------------------
 
 
 def cutpaste_normal(images: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,3 +286,142 @@ def _transplant(
     patch = jitter(images, draws.part("patch"), JITTER)
     patch = F.grid_sample(patch, grid, mode="bilinear", padding_mode="border", align_corners=False).clamp(0, 1)
     return torch.where(alpha, patch, images), alpha.float()
+
+
+# -- patches of another image -------------------------------------------------------------------------------------------
+
+
+def interpolate_foreign(
+    images: torch.Tensor, others: torch.Tensor, masks: torch.Tensor | None, draws: Draws
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blend a rectangle of each image with the same place of the other one, by one factor (FPI).
+
+    images, others: (B, 1, S, S) in [0, 1]. masks: (B, 1, S, S) bool or None; where given, the rectangle's center is a lung
+    pixel. Returns the images and the factor (B, 1, S, S), 0 outside the rectangle, where the image is unchanged to the bit.
+    """
+    side, draws = images.shape[-1], draws.part("foreign interpolation")
+    size = (draws.uniform("size", *FOREIGN_SIDE, shape=(2,)) * side).round().clip(1, side)
+    share = _column(draws.uniform("share", *FOREIGN_SHARE), images)
+    line = torch.arange(side, device=images.device)
+    inside = []
+    for axis, center in enumerate(_centers(masks, images, draws)):
+        length = torch.from_numpy(size[:, axis].astype(np.int64)).to(images.device)
+        start = torch.minimum((center - length // 2).clamp(min=0), side - length)[:, None]
+        inside.append((line >= start) & (line < start + length[:, None]))
+    alpha = (share * inside[0][:, :, None] * inside[1][:, None, :])[:, None]
+    return images + alpha * (others - images), alpha
+
+
+def poisson(divergence: torch.Tensor, heights: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:
+    """Solve Laplace(u) = divergence on rectangles of pixels, u = 0 just outside of them; exact, all of a batch at once.
+
+    divergence: (B, H, W) float32; heights, widths: (B,) the rectangle of each sample, its upper left part. Returns u of
+    the same shape, 0 beyond the rectangle. The sine transform diagonalizes the five-point Laplacian.
+    """
+    with torch.autocast(divergence.device.type, enabled=False):
+        rows, down = _sines(heights, divergence.shape[1])
+        columns, across = _sines(widths, divergence.shape[2])
+        spectrum = rows @ divergence @ columns
+        return rows @ (spectrum / (down[:, :, None] + across[:, None, :])) @ columns
+
+
+def _sines(lengths: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal sine matrices (B, most, most), zero beyond the length of each, and the eigenvalues (B, most) of the second
+    difference (-1 beyond)."""
+    numbers = torch.arange(1, most + 1, device=lengths.device)
+    inside = numbers <= lengths[:, None]
+    period = (lengths + 1).double()
+    step = (math.pi / period)[:, None, None] * (numbers[:, None] * numbers % (2 * lengths[:, None, None] + 2))
+    sines = torch.sin(step) * (2 / period).sqrt()[:, None, None] * inside[:, :, None] * inside[:, None, :]
+    values = 2 * torch.cos(math.pi / period[:, None] * numbers) - 2
+    return sines.float(), torch.where(inside, values, -1.0).float()
+
+
+def blend_foreign(
+    images: torch.Tensor, others: torch.Tensor, masks: torch.Tensor | None, draws: Draws
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blend one to three patches of the other image, resized and moved, seamlessly into each image (NSA).
+
+    At every pixel border the steeper of both gradients is kept (mixed gradients), and the image is solved for from them
+    with its own values around the patch. images, others: (B, 1, S, S) in [0, 1]. masks: (B, 1, S, S) bool or None; where
+    given, patches are centered on lung pixels. Returns the images and the change map (B, 1, S, S) in [0, 1], a logistic
+    function of the absolute change that is 0 where nothing changed; there the image is unchanged to the bit.
+    """
+    draws, side, device = draws.part("foreign blending"), images.shape[-1], images.device
+    result = images.clone(memory_format=torch.contiguous_format)
+    chosen = np.ones(len(images), dtype=bool)
+    with torch.autocast(device.type, enabled=False):
+        for number in range(BLEND_PATCHES):
+            part = draws.part(f"patch {number}")
+            if number:
+                chosen &= part.coin("another")
+            rows = np.flatnonzero(chosen)
+            if not len(rows):
+                break
+            part, at = part.select(rows), torch.from_numpy(rows).to(device)
+            gamma = -0.1 * np.log1p(-part.uniform("size", shape=(2, 2))).sum(axis=2)  # Gamma(2, 0.1)
+            size = ((BLEND_SIDE[0] + gamma).clip(max=BLEND_SIDE[1]) * side).round().clip(min=2).astype(np.int64)
+            scale = (1 + 0.5 * part.normal("scale")).clip(*BLEND_SCALE)
+            shift = part.uniform("shift", -BLEND_SHIFT, BLEND_SHIFT, shape=(2,)) * side
+            sizes = torch.from_numpy(size).to(device)
+            scales, shifts = torch.from_numpy(scale).to(device)[:, None], torch.from_numpy(shift).to(device)
+            lungs = None if masks is None else masks[at]
+            target = torch.stack(_centers(lungs, images, part), dim=1)
+            starts = torch.minimum((target - sizes // 2).clamp(min=0), side - sizes)
+            sources = starts + sizes / 2 + shifts
+            if lungs is None:
+                first, last = torch.zeros_like(sizes), torch.full_like(sizes, side)
+            else:  # the other's lungs are taken to lie where its own do
+                first, last = (torch.stack(ends, dim=1) for ends in zip(*(_bounds(lungs, axis) for axis in (0, 1))))
+                last = last + 1
+            reach = torch.minimum(sizes / 2 / scales, (last - first) / 2)
+            sources = torch.minimum(torch.maximum(sources, first + reach), last - reach)
+            for own in _pieces(size, device):
+                height, width = size[own].max(axis=0).tolist()
+                piece = torch.from_numpy(own).to(device)
+                places, change = _blend(
+                    result, others, at[piece], sources[piece], scales[piece], sizes[piece], starts[piece], height, width
+                )
+                # added, because a place that stands in a window several times would be written at random
+                result.view(-1).scatter_add_(0, places.view(-1), change.view(-1))
+    slope, middle = CHANGE
+    least = 1 / (1 + math.exp(slope * middle))
+    change = torch.sigmoid(slope * (255 * (result - images).abs() - middle))
+    change = ((change - least) / (1 - least)).clamp(0, 1)
+    return torch.where(change > 0, result, images), change
+
+
+def _blend(
+    images: torch.Tensor,
+    others: torch.Tensor,
+    rows: torch.Tensor,
+    sources: torch.Tensor,
+    scales: torch.Tensor,
+    sizes: torch.Tensor,
+    starts: torch.Tensor,
+    height: int,
+    width: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places and change (N, height, width) by one patch in each of the images `rows`. sources: (N, 2) its middle in the
+    other image; scales: (N, 1); sizes, starts: (N, 2), sizes at most height x width."""
+    side = images.shape[-1]
+    # with a ring of one pixel around the patch, where the image stays as it is
+    places = _places(rows, starts - 1, height + 2, width + 2, side)
+    lines = [torch.arange(-1, length + 1, device=images.device) for length in (height, width)]
+    grid = []
+    for axis, line in enumerate(lines):
+        read = sources[:, axis, None] + (line + 0.5 - sizes[:, axis, None] / 2) / scales
+        grid.append(read * (2 / side) - 1)
+    shape = (-1, height + 2, width + 2)
+    grid = torch.stack([grid[1][:, None, :].expand(shape), grid[0][:, :, None].expand(shape)], dim=3)
+    patch = F.grid_sample(others[rows], grid, mode="bilinear", padding_mode="border", align_corners=False)[:, 0]
+    own = _read(images, places)
+    inside = [line[1:-1] < sizes[:, axis, None] for axis, line in enumerate(lines)]
+    inside = inside[0][:, :, None] & inside[1][:, None, :]
+    divergence = 0.0
+    for axis in (1, 2):
+        ours, theirs = (part.narrow(3 - axis, 1, part.shape[3 - axis] - 2).diff(dim=axis) for part in (own, patch))
+        divergence = divergence + torch.where(theirs.abs() > ours.abs(), theirs - ours, 0).diff(dim=axis)
+    change = poisson(divergence * inside, sizes[:, 0], sizes[:, 1])
+    own, places = own[:, 1:-1, 1:-1], places[:, 1:-1, 1:-1]
+    return places.contiguous(), ((own + change).clamp(0, 1) - own) * inside

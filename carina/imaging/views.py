@@ -150,17 +150,27 @@ def _jitter_factors(draws: Draws, brightness: float, contrast: float) -> dict[st
 
 def _jittered(images: torch.Tensor, factors: dict[str, torch.Tensor]) -> torch.Tensor:
     if "brightness" in factors:
-        images = (images * factors["brightness"].view(-1, 1, 1, 1)).clamp(0, 1)
+        images = (images * factors["brightness"].view(-1, 1, 1, 1)).clamp_(0, 1)
     if "contrast" in factors:
         mean = images.mean(dim=(1, 2, 3), keepdim=True)
-        images = ((images - mean) * factors["contrast"].view(-1, 1, 1, 1) + mean).clamp(0, 1)
+        images = (images - mean).mul_(factors["contrast"].view(-1, 1, 1, 1)).add_(mean).clamp_(0, 1)
     return images
 
 
 def jitter(images: torch.Tensor, draws: Draws, strength: float) -> torch.Tensor:
     """Brightness and contrast, each times U(1 - strength, 1 + strength): what color jitter is on one channel."""
+    if strength == 0:
+        return images
     factors = _jitter_factors(draws, strength, strength)
-    return _jittered(images, {name: value.to(images.device) for name, value in factors.items()})
+    brightness, contrast = (value.to(images.device).view(-1, 1, 1, 1) for value in factors.values())
+    out = torch.empty_like(images)
+    count = max(1, CACHED // images.shape[-1] ** 2) if images.device.type == "cpu" else max(1, len(images))
+    for start in range(0, len(images), count):
+        rows = slice(start, start + count)
+        piece = torch.mul(images[rows], brightness[rows], out=out[rows]).clamp_(0, 1)
+        mean = piece.mean(dim=(1, 2, 3), keepdim=True)
+        piece.mul_(contrast[rows]).add_(mean * (1 - contrast[rows])).clamp_(0, 1)
+    return out
 
 
 @torch.no_grad()

@@ -8,37 +8,58 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from carina.errors import CarinaError
 from carina.files import atomic_folder, read_json, write_json
 from carina.models.backbones import Backbone, load_backbone
 from carina.models.checkpoints import load_tensors, save_tensors, write_backbone
-from carina.models.scorers import SCORERS
+from carina.models.features import Region, only
+from carina.models.scorers import SCORERS, Scorer, ScorerSettings
 
 FILE = "predictor.json"
 
 
 class Member(nn.Module):
-    """One backbone at one scale with a head (logits, one a label) or a scorer (distance)."""
+    """One backbone at one scale with a head (logits, one a label) or a scorer (distance), seeing one region."""
 
-    def __init__(self, backbone: Backbone, scale: int, head: nn.Linear | None, scorer: nn.Module | None):
+    def __init__(
+        self,
+        backbone: Backbone,
+        scale: int,
+        head: nn.Linear | None,
+        scorer: Scorer | None,
+        region: Region = "whole",
+    ):
         super().__init__()
-        self.backbone, self.scale, self.head, self.scorer = backbone, scale, head, scorer
+        self.backbone, self.scale, self.head, self.scorer, self.region = backbone, scale, head, scorer, region
 
-    def scores(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 1, S, S) in [0, 1] -> probabilities (B, L), or distances (B, 1)."""
+    def scores(self, images: torch.Tensor, lungs: torch.Tensor | None = None) -> torch.Tensor:
+        """Images (B, 1, S, S) in [0, 1] -> probabilities (B, L), or distances (B, 1).
+
+        lungs: (B, 1, S, S) bool, needed where `region` is not the whole image.
+        """
+        images = only(images, lungs, self.region)
+        if self.scorer is not None:
+            return self.distances(images)[:, None]
         return self.from_features(self.backbone.features(images))
 
     def from_features(self, features: torch.Tensor) -> torch.Tensor:
-        if self.head is not None:
-            return torch.sigmoid(self.head(features))
-        return self.scorer(features)[:, None]
+        """Pooled features (B, D) -> probabilities (B, L)."""
+        return torch.sigmoid(self.head(features))
 
-    def raw(self, images: torch.Tensor) -> torch.Tensor:
-        """What a heat map explains: logits, or the distance; `images` already at the backbone's size."""
-        features = self.backbone(images)
-        return self.head(features) if self.head is not None else self.scorer(features)[:, None]
+    def distances(self, images: torch.Tensor) -> torch.Tensor:
+        """(B,) of images that show the region alone."""
+        return self.scorer(self.scorer.read(self.backbone, images, self.scorer.settings))
+
+    def maps(self, images: torch.Tensor, lungs: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Anomaly maps (B, S, S) at the size of the images, higher is worse; None where the scorer knows no positions."""
+        if self.scorer is None or not self.scorer.positions:
+            return None
+        images = only(images, lungs, self.region)
+        found = self.scorer.maps(self.scorer.read(self.backbone, images, self.scorer.settings))
+        return F.interpolate(found[:, None], images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
 
 
 @dataclass
@@ -57,12 +78,12 @@ class Predictor:
         return [member.scale for member in self.members]
 
     @torch.no_grad()
-    def scores(self, images: dict[int, torch.Tensor]) -> np.ndarray:
-        """(B, L) float64 from images by scale, members weighted as the stack says."""
+    def scores(self, images: dict[int, torch.Tensor], lungs: dict[int, torch.Tensor] | None = None) -> np.ndarray:
+        """(B, L) float64 from images (and lungs, where a member needs them) by scale, members weighted as the stack says."""
         weights = self.info["stack"]
         total = 0.0
         for number, member in enumerate(self.members):
-            values = member.scores(images[member.scale]).double().cpu().numpy()
+            values = member.scores(images[member.scale], (lungs or {}).get(member.scale)).double().cpu().numpy()
             total = total + values * np.array([weights[label][number] for label in self.labels])
         return np.asarray(total)
 
@@ -84,7 +105,7 @@ def save_predictor(folder: Path, predictor: Predictor, card: str) -> None:
             if member.head is not None:
                 part, entry = member.head, {"head": {"name": "linear"}}
             else:
-                part, entry = member.scorer, {"scorer": {**predictor.info["scorer"], "memory": member.scorer.memory}}
+                part, entry = member.scorer, {"scorer": member.scorer.facts(), "region": member.region}
             save_tensors(temporary / f"member-{number}.safetensors", part.state_dict())
             record = {"kind": "member", **{key: predictor.info[key] for key in ("pretext_saw", "transductive")}}
             write_backbone(temporary / f"member-{number}", member.backbone, record, card)
@@ -108,18 +129,17 @@ def load_predictor(folder: str | Path, device: torch.device | None = None) -> Pr
             head = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0])
             head.load_state_dict(tensors)
         else:
-            scorer = _empty_scorer(entry["scorer"], tensors)
-            scorer.load_state_dict(tensors)
-        members.append(Member(backbone, entry["scale"], head, scorer).eval().to(device or "cpu"))
+            scorer = _scorer(entry["scorer"], tensors)
+        member = Member(backbone, entry["scale"], head, scorer, entry.get("region", "whole"))
+        members.append(member.eval().to(device or "cpu"))
     return Predictor(info, members)
 
 
-def _empty_scorer(entry: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.Module:
-    if entry["name"] not in SCORERS:
-        raise CarinaError(f"this carina knows no scorer '{entry['name']}'; a newer one may")
-    settings = {k: v for k, v in entry.items() if k not in ("name", "memory")}
-    if "memory_bank" in tensors:
-        count, dimension = tensors["memory_bank"].shape
-        return SCORERS[entry["name"]](count=count, dimension=dimension, **settings)
-    dimension, components = tensors["whitening"].shape
-    return SCORERS[entry["name"]](dimension=dimension, **{**settings, "components": components})
+def _scorer(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Scorer:
+    if facts["name"] not in SCORERS:
+        raise CarinaError(f"this carina knows no scorer '{facts['name']}'; a newer one may")
+    fields = ScorerSettings.model_fields
+    if missing := sorted(set(fields) - set(facts)):
+        raise CarinaError(f"this predictor was made by an older carina (its scorer lacks {missing[0]}); fit it again")
+    settings = ScorerSettings.model_validate({name: facts[name] for name in fields})
+    return SCORERS[facts["name"]].from_tensors(settings, tensors, facts)

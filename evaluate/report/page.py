@@ -25,6 +25,9 @@ KEYS = {
     "summary": (),
     "data_flow": (),
     "metrics": (),
+    "controls": (),
+    "localization": (),
+    "localization_words": "",
     "predictions": None,
     "examples": (),
     "overlap": None,
@@ -48,7 +51,10 @@ def build_report(out: Path, content: dict[str, Any]) -> Path:
       summary         sentences for the top of the page
       warnings        sentences that a reader must see before the figures
       metrics         rows {label, n, positives, auroc, ap, note}; auroc and ap as `Interval.to_dict()` gives them (or
-                      None); a row labelled "macro" is the mean over labels and comes first
+                      None); a row labelled "macro" is the mean over labels and comes first. Of anomaly detection also
+                      fpr95, the false-positive rate where 95 % of the abnormal images are found
+      controls        rows {control, method, auroc, ap, fpr95, missing}: methods that know nothing of lungs or lesions
+      localization    rows {name, found, chance, words}, found as auroc above; localization_words: a sentence on them
       predictions     frame, one row per image and label: image_id, patient_id, seed, label, target, score
       examples        rows {image (H, W) in [0, 1], heat (H, W) in [0, 1] or None, lungs (H, W) mask or None, caption}
       data_flow       rows {what, images, patients or None, note}, in the order in which rows were chosen

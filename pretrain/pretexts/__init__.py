@@ -130,6 +130,7 @@ METHODS = {
     "dinov2": "DINOv2",
     "anatpaste": "AnatPaste",
     "cutpaste": "CutPaste",
+    "nsa": "NSA",
     "patches": "PatchContrast",
 }  # name in the recipe and of the file -> class
 

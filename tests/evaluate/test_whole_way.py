@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from carina.errors import CarinaError
 
@@ -64,7 +64,11 @@ def test_artefacts_and_numbers(runs, evaluated, task, mode):
         part = frame[(frame["label"] == row["label"]) & frame["target"].notna()]
         assert row["auroc"]["value"] == pytest.approx(roc_auc_score(part["target"], part["score"]), abs=1e-12)
         assert row["ap"]["value"] == pytest.approx(average_precision_score(part["target"], part["score"]), abs=1e-12)
+        if row["fpr95"] is not None:
+            false, true, _ = roc_curve(part["target"], part["score"], drop_intermediate=False)
+            assert row["fpr95"] == pytest.approx(false[true >= 0.95].min())
     page = (out / "report.html").read_text()
+    assert ("Control rows" in page) == ("controls" in result) == (task == "anomaly")
     assert "synthetic" in page and "<script" not in page and "http://" not in page.replace("http://www.w3.org", "")
     assert result["synthetic"] is True and json.loads((out / "metrics.json").read_text())["table"]
     overlap = result["overlap"]

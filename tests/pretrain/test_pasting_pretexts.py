@@ -1,4 +1,4 @@
-"""CutPaste's classes, and the contrast of patches: where places lie, and which are negatives of which."""
+"""CutPaste's classes, foreign patches on several ranks, the contrast of patches: places, and what is a negative of what."""
 
 import itertools
 
@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from carina.data.batches import Batch
 from carina.draws import Draws
 from carina.errors import CarinaError
 from carina.imaging.views import ViewSettings, affine_matrices, make_view
-from carina.models.backbones import random_backbone, seeded
-from carina.models.pasting import PastingHead, PastingSettings, cutpaste_views
+from carina.models.backbones import random_backbone
 from carina.pretrain.pretexts import Corpus, method
 from carina.pretrain.pretexts.patches import CANDIDATES, VIEWS, shared_points
 from carina.pretrain.recipe import PretrainRecipe
@@ -43,31 +41,29 @@ def test_cutpaste_tells_its_classes_apart(kind, classes):
     backbone, cutpaste = build_pretext("cutpaste", settings={"kind": kind})
     piece = batch()
     views = cutpaste.views(piece)
-    assert len(views) == classes and all(view.shape == (4, 1, 64, 64) for view in views)
+    assert [view.shape for view in views["views"]] == [(4, 1, 64, 64)] * classes and list(views) == ["views"]
     with torch.no_grad():
         out = cutpaste.loss(backbone, views, piece)
-        logits = torch.stack([cutpaste.head(backbone(view)) for view in views]).double().numpy()
+        logits = torch.stack([cutpaste.task.head(backbone(view)) for view in views["views"]]).double().numpy()
     chances = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
     assert abs(out["loss"].item() + np.mean([np.log(chances[k, :, k]) for k in range(classes)])) < 1e-5
     assert abs(out["accuracy"].item() - np.mean([(logits[k].argmax(1) == k).mean() for k in range(classes)])) < 1e-6
 
 
-def test_the_union_pastes_one_of_both_into_each_image():
-    piece = batch(patients=range(40))
-    whole, normal, scar = cutpaste_views(piece.images, piece.draws, "3way")
-    again, union = cutpaste_views(piece.images, piece.draws, "union")
-    is_normal, is_scar = ((union == pasted).flatten(1).all(dim=1) for pasted in (normal, scar))
-    assert torch.equal(whole, again) and (is_normal ^ is_scar).all() and 8 < is_normal.sum() < 32
-
-
-def test_the_head_for_two_classes_is_what_it_was():
-    head = PastingHead(6, PastingSettings(layers=1, hidden=5), seed=3)
-    with seeded(3, "pasting head"):
-        parts = [nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5), nn.Linear(5, 128, bias=False), nn.BatchNorm1d(128)]
-        parts.append(nn.Linear(128, 2))
-    expected = {f"layers.{at}.{k}": v for at, part in zip((0, 1, 3, 4, 6), parts) for k, v in part.state_dict().items()}
-    assert head.state_dict().keys() == expected.keys()
-    assert all(torch.equal(value, expected[key]) for key, value in head.state_dict().items())
+@pytest.mark.parametrize("kind", ["nsa", "fpi"])
+def test_foreign_patches_come_from_the_same_partners_on_other_ranks(kind):
+    """Halves of an even batch, as ranks and micro-batches see it, are pasted as in the whole."""
+    whole = batch(patients=range(8))
+    whole.masks = torch.zeros_like(whole.images, dtype=torch.bool)
+    whole.masks[..., 16:48, 8:56] = True
+    _, nsa = build_pretext("nsa", settings={"kind": kind, "target": "map"})
+    views = nsa.views(whole)
+    assert len(views["views"]) == len(views["maps"]) == 2 and views["maps"][1].amax(dim=(1, 2, 3)).min() > 0.05
+    for rows in (slice(0, 4), slice(4, 8)):
+        part = Batch(whole.images[rows], whole.masks[rows], {}, None, whole.draws.select(rows), 64, (0, 0, 0))
+        for name, found in nsa.views(part).items():
+            for ours, theirs in zip(found, views[name]):
+                torch.testing.assert_close(ours, theirs[rows], atol=2e-5, rtol=0)
 
 
 def test_places_lie_where_the_views_show_them():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from carina.errors import CarinaError, nearest
 from carina.intake.catalogs import (
+    bmad,
     chexpert,
     cxrlt,
     jsrt,
     kermany,
+    medianomaly,
     mimic,
     montgomery,
     nih14,
@@ -16,12 +18,15 @@ from carina.intake.catalogs import (
     rsna,
     shenzhen,
     siim,
+    squid,
     vindr,
 )
 from carina.intake.catalogs.base import Catalog
 
 _MODULES = (nih14, chexpert, mimic, padchest, vindr, rsna, siim, kermany, openi, montgomery, shenzhen, jsrt, cxrlt)
-CATALOGS: dict[str, Catalog] = {module.CATALOG.name: module.CATALOG for module in _MODULES}
+# splits of these archives on which anomaly detection is compared, as their authors pass them on
+_SPLITS = (squid.CATALOG, medianomaly.RSNA, medianomaly.VINDR, bmad.CATALOG)
+CATALOGS: dict[str, Catalog] = {c.name: c for c in (*(module.CATALOG for module in _MODULES), *_SPLITS)}
 
 
 def find_catalog(name: str) -> Catalog:
