@@ -39,6 +39,8 @@ from carina.finetune.anomaly import (
     contaminated,
     distances,
     fit_scorer,
+    kept_from_training,
+    rows_of,
 )
 from carina.finetune.recipe import FinetuneRecipe
 from carina.metrics.intervals import paired_difference, patient_bootstrap
@@ -132,7 +134,9 @@ def measure(folder: str, given: Arguments) -> dict[str, Any]:
     if name not in SCORERS or name == "head":
         raise CarinaError(f"scorer={name} is none that is fitted on features; give gaussian or knn")
     settings = settings.model_copy(update={"name": name})
-    device, own = pick_device(), rows.train.table["patient_id"].tolist()
+    if recipe.select != "aucp":
+        raise CarinaError(f"{folder} was trained on all its normals, which leaves none for AUCp; run it with select=aucp")
+    device, apart = pick_device(), kept_from_training(rows.train.table["patient_id"].tolist(), recipe.seed)
     table, scores = [], []
     with Progress(f"aucp {run.folder.name}", len(steps), unit="checkpoints") as progress:
         for step, checkpoint in steps:
@@ -141,9 +145,10 @@ def measure(folder: str, given: Arguments) -> dict[str, Any]:
                 collect(member.backbone, part, member.scale, settings, recipe.region, device)
                 for part in (rows.train, rows.pool, rows.test)
             )
+            trained, kept = (rows_of(normals, which) for which in (~apart, apart))
             scores.append(distances(fit_scorer(normals, settings), test))
             found = patient_bootstrap(rows.target, scores[-1], rows.patients, resamples=given.resamples)
-            selector = aucp(normals, own, pool, settings, recipe.seed, recipe.cross_folds)
+            selector = aucp(trained, kept, pool, settings)
             table.append({"step": step, "aucp": selector, "auroc": found.to_dict()})
             progress.advance(note=f"step {step}: AUCp {selector:.3f}, AUROC {found.value:.3f}")
     chosen, best = (max(range(len(table)), key=lambda i: (value(table[i]), i)) for value in (by_aucp, by_auroc))

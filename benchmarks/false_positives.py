@@ -123,7 +123,7 @@ def references(
     new, others = distances(scorer, rows_of(read, ~normals.train)), normals.patients[~normals.train]
     found = {FITTED: [(distances(scorer, fit), own, new, others)]}
     for folds in given.folds:
-        crossed, _ = cross_fitted_distances(fit, own.tolist(), settings, given.seed, folds)
+        crossed = cross_fitted_distances(fit, own.tolist(), settings, given.seed, folds)
         found[f"{folds} folds"] = [(crossed, own, new, others)]
     first = normals.val[~normals.train]
     one, two = (new[first], others[first]), (new[~first], others[~first])
@@ -184,7 +184,7 @@ def redealt(read: Read, normals: Normals, settings: ScorerSettings, given: Argum
         fit, own = rows_of(read, train), normals.patients[train].tolist()
         new = distances(fit_scorer(fit, settings), rows_of(read, ~train))
         for folds in given.folds:
-            crossed, _ = cross_fitted_distances(fit, own, settings, draw, folds)
+            crossed = cross_fitted_distances(fit, own, settings, draw, folds)
             target = np.concatenate([np.zeros(len(crossed)), np.ones(len(new))])
             share = float((new > np.quantile(crossed, 1 - given.rate)).mean())
             found[f"{folds} folds"].append((share, auroc(target, np.concatenate([crossed, new]))))

@@ -305,8 +305,8 @@ def drawn(found: dict[str, Any], given: Arguments, path: Path) -> None:
                 axes.set_ylabel(word)
         grid[0, column].set_title(f"contrast {contrast:g}", fontsize=10)
         grid[1, column].set_xlabel("diameter, % of the side")
-    word = "synthetic radiographs, " if found["synthetic"] else ""
-    figure.suptitle(f"Planted nodules, {word}inside the lungs (solid) and outside (dashed)", fontsize=10)
+    word = "synthetic radiographs" if found["synthetic"] else "real radiographs"
+    figure.suptitle(f"Planted nodules, {word}\ninside the lungs (solid) and outside (dashed)", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})

@@ -91,8 +91,8 @@ def _protocol(args, positionals, overrides):
         names = ", ".join(shipped("protocol"))
         raise CarinaError(f"carina finetune protocol needs its name: one of {names}, or a YAML file")
     from carina.finetune.protocol import protocol
+    from carina.finetune.protocol_page import terminal
     from carina.finetune.protocol_plan import ProtocolRecipe
-    from carina.finetune.protocol_tables import terminal
 
     if args.print:
         return _print_recipe("protocol", ProtocolRecipe, positionals[0], overrides)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from carina.data.batches import Batch, in_order
+from carina.data.batches import Batch, with_lungs
 from carina.data.labels import ABNORMAL
 from carina.data.splits import patient_folds
 from carina.data.store import Selection
@@ -28,6 +28,7 @@ from carina.runs import Run
 from carina.training.engine import Task
 from carina.training.states import checkpoints, load_task_tensors
 
+KEPT_FIFTH = 5
 SMALL_PREVALENCE = 0.10  # of a pool: below it AUCp follows the true AUROC loosely
 
 
@@ -68,13 +69,7 @@ def fixed_norms(recipe: FinetuneRecipe) -> bool:
 
 def region_images(selection: Selection, scale: int, region: Region, device: torch.device):
     """All rows in order: (slice, images (B, 1, S, S) with everything outside the region black)."""
-    if region != "whole":
-        selection.check_lungs()
-    for rows, images in in_order(selection, scale, device):
-        lungs = None
-        if region != "whole":
-            masks = selection.masks(range(rows.start, rows.stop), scale)
-            lungs = torch.from_numpy(masks).unsqueeze(1).to(device)
+    for rows, images, lungs in with_lungs(selection, scale, device, region != "whole"):
         yield rows, only(images, lungs, region)
 
 
@@ -131,10 +126,9 @@ def member_distances(member: Member, selection: Selection, device: torch.device)
 
 
 def cross_fitted_distances(
-    read: Read, patients: list[str], settings: ScorerSettings, seed: int, folds: int, others: Read | None = None
-) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """Distances (N,) of every normal from a scorer fitted without its patient's fold; and for each fold its rows (N,) bool
-    with the distances of `others` (M,) from the same scorer.
+    read: Read, patients: list[str], settings: ScorerSettings, seed: int, folds: int
+) -> np.ndarray:
+    """Distances (N,) of every normal from a scorer fitted without its patient's fold.
 
     Scores of the images that were fitted are useless for a threshold: with 684 normals and 512 features a nominal 5 %
     false-positive rate on them was 95 % on new normals.
@@ -143,27 +137,29 @@ def cross_fitted_distances(
     if folds < 2:
         raise CarinaError("a threshold needs normals of at least two patients; add validation rows or patients")
     number = patient_folds(patients, folds, seed)
-    result, beside = np.empty(len(read[0])), []
+    result = np.empty(len(read[0]))
     for fold in range(folds):
         scorer = fit_scorer(rows_of(read, number != fold), settings)
         result[number == fold] = distances(scorer, rows_of(read, number == fold))
-        if others is not None:
-            beside.append((number == fold, distances(scorer, others)))
-    return result, beside
+    return result
 
 
-def aucp(normals: Read, patients: list[str], pool: Read, settings: ScorerSettings, seed: int, folds: int) -> float:
-    """AUROC of training normals (negatives) against an unlabelled pool (positives), which rises with the true AUROC where
-    the pool holds abnormal images (the selector of Sato et al.'s successors; no label is used).
+def kept_from_training(patients: list[str], seed: int) -> np.ndarray:
+    """Rows (N,) bool of the fifth of the patients that `select=aucp` keeps out of the backbone's training."""
+    return patient_folds(patients, KEPT_FIFTH, seed) == 0
 
-    Normals are scored without their fold, and the pool by the same scorers, so that neither side was fitted.
+
+def aucp(trained: Read, kept: Read, pool: Read, settings: ScorerSettings) -> float:
+    """AUROC of normals that nothing was fitted on (negatives) against an unlabelled pool (positives), by a scorer fitted on
+    the normals that the backbone was trained on; no label of the pool is used.
+
+    It rises with the true AUROC where the pool holds abnormal images. Normals of the training must not be the negatives,
+    cross-fitted or not: a backbone learns them by heart, new normals drift away from them as abnormal images do, and AUCp
+    then rises while the true AUROC falls (docs/anomaly.md).
     """
-    own, beside = cross_fitted_distances(normals, patients, settings, seed, folds, pool)
-    values = []
-    for rows, others in beside:
-        target = np.concatenate([np.zeros(rows.sum()), np.ones(len(others))])
-        values.append(auroc(target, np.concatenate([own[rows], others])))
-    return float(np.mean(values))
+    scorer = fit_scorer(trained, settings)
+    scores = [distances(scorer, part) for part in (kept, pool)]
+    return auroc(np.repeat([0.0, 1.0], [len(part) for part in scores]), np.concatenate(scores))
 
 
 def contaminated(
@@ -227,6 +223,8 @@ def check(recipe: FinetuneRecipe) -> None:
         raise CarinaError(f"select={recipe.select} needs rows of its own and folds= leaves none; give select=last")
     if recipe.select == "aucp" and not recipe.pool_rows:
         raise CarinaError("select=aucp needs unlabelled rows apart from training and test; give pool_rows=SPLIT")
+    if "test" in (recipe.pool_rows if recipe.select == "aucp" else recipe.threshold_rows or "").split("+"):
+        raise CarinaError(f"select={recipe.select} on split=test would let the test choose what it judges; name other rows")
     if recipe.select == "validation" and not recipe.threshold_rows:
         raise CarinaError("select=validation needs labelled validation rows; give threshold_rows=SPLIT")
 

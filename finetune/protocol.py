@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from carina.data.batches import intensity
+from carina.data.batches import control_chunks, intensity
 from carina.data.manifest import find_manifest, overlap
 from carina.data.store import Selection, select
 from carina.errors import CarinaError
@@ -29,11 +29,10 @@ from carina.finetune import anomaly
 from carina.finetune.protocol_plan import Cell, Fit, Plan, ProtocolRecipe, Unit, known, run_folder
 from carina.finetune.protocol_tables import FACTS, Tables, control_name
 from carina.finetune.recipe import FinetuneRecipe
-from carina.finetune.run import _scale_and_size as scale_and_size
-from carina.finetune.run import finetune
-from carina.models.backbones import EXTERNAL, backbone_record, load_backbone
+from carina.finetune.run import finetune, scale_and_size
+from carina.models.backbones import backbone_record, load_backbone, pretext_saw
 from carina.models.checkpoints import load_tensors
-from carina.models.controls import CHUNK, Control, Rows, control_rows, controls, describe
+from carina.models.controls import Control, control_rows, controls, describe
 from carina.models.pasting import PastingTask
 from carina.models.predictor import Member, load_predictor
 from carina.models.scorers import SCORERS, Read, ScorerSettings
@@ -183,13 +182,14 @@ class Bench:
         yield "last", last.members[0], facts
         if chosen:
             facts = facts | {"step": chosen["step"], "informative": chosen["informative"]}
+            if recipe.select == "validation":
+                facts["labels_used"] += " and validation labels, which chose the checkpoint"
             yield recipe.select, load_predictor(folder / "predictor").members[0], facts
 
     def _facts(self, recipe: FinetuneRecipe, fit: Fit) -> dict[str, Any]:
         """What a row says of the past of its backbone and of the labels that it took."""
         past, reference = backbone_record(recipe.backbone), recipe.backbone
-        otherwise = "natural images" if reference in EXTERNAL else "unknown"
-        saw = past.get("pretext_saw", "nothing" if reference.startswith("random") else otherwise)
+        saw = pretext_saw(reference)
         seen = overlap(find_manifest(reference), fit.test)["stages"] if Path(reference).exists() else {}
         tested = max((stage["patients"] for stage in seen.values()), default=0)
         earlier = past.get("labels_used", "none")
@@ -281,7 +281,7 @@ class Bench:
         frames: dict[str, list[pd.DataFrame]] = {}
         facts: dict[str, dict[str, Any]] = {}
         for number, fit in enumerate(fits):
-            normals, scored = (describe(chunks(rows, scale), some) for rows in (fit.train, fit.test))
+            normals, scored = (describe(control_chunks(rows, scale), some) for rows in (fit.train, fit.test))
             for row in control_rows(some, normals, scored):
                 place = control_name(name, row.control, row.method)
                 scores = np.full(len(fit.test), np.nan) if row.scores is None else row.scores
@@ -333,15 +333,6 @@ def union(parts: list[Selection]) -> Selection:
     return Selection(parts[0].stores, pd.concat([part.table for part in parts]).drop_duplicates("image_id"))
 
 
-def chunks(rows: Selection, scale: int) -> Iterator[Rows]:
-    """The images of a selection as the control rows take them."""
-    sizes, lungs = rows.table[["height", "width"]].to_numpy(), (rows.table["lungs_source"] != "none").any()
-    for start in range(0, len(rows), CHUNK):
-        places = range(start, min(start + CHUNK, len(rows)))
-        masks = rows.masks(places, scale) if lungs else None
-        yield Rows(rows.images(places, scale), masks, sizes[places.start : places.stop])
-
-
 def rows_frame(fold: int, role: str, rows: Selection, scores: np.ndarray) -> pd.DataFrame:
     """image_id, patient_id, fold, role, target and score. role: test, reference (training normals) or held out (normals)."""
     frame = rows.table[["image_id", "patient_id"]].reset_index(drop=True)
@@ -351,7 +342,7 @@ def rows_frame(fold: int, role: str, rows: Selection, scores: np.ndarray) -> pd.
 def _frame(
     recipe: FinetuneRecipe, settings: ScorerSettings, read: Read, place: dict[str, int], fold: int, fit: Fit
 ) -> pd.DataFrame:
-    """Scores of the test images, of held-out normals, and of the training normals by scorers that were not fitted on them."""
+    """Scores of the test images, of held-out normals, and of the training normals by scorers not fitted on them."""
 
     def of(rows: Selection) -> Read:
         return anomaly.rows_of(read, np.array([place[image] for image in rows.table["image_id"]], dtype=np.int64))
@@ -361,7 +352,7 @@ def _frame(
     parts = [rows_frame(fold, "test", fit.test, anomaly.distances(scorer, of(fit.test)))]
     if fit.held_out is not None and len(fit.held_out):
         parts.append(rows_frame(fold, "held out", fit.held_out, anomaly.distances(scorer, of(fit.held_out))))
-    own, _ = anomaly.cross_fitted_distances(normals, patients, settings, recipe.seed, recipe.cross_folds)
+    own = anomaly.cross_fitted_distances(normals, patients, settings, recipe.seed, recipe.cross_folds)
     return pd.concat([*parts, rows_frame(fold, "reference", fit.train, own)], ignore_index=True)
 
 

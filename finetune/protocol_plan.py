@@ -15,7 +15,7 @@ from carina.data.splits import linked_patients, stable_folds
 from carina.data.store import Selection, select
 from carina.errors import CarinaError, nearest
 from carina.finetune.recipe import FinetuneRecipe
-from carina.finetune.run import _rows as training_rows
+from carina.finetune.run import training_rows
 from carina.models.features import Region
 from carina.models.scorers import ScorerSettings
 from carina.recipes import Section, build, merge, read_recipe, validate
@@ -294,7 +294,8 @@ class Plan:
             changes["scorer"] = judge.model_dump()
         choice = self._given(arm).get("select", "last")
         if arm.mode == "full" and rows.pool and not rows.folds and not share and choice != "last":
-            changes |= {"select": choice, "pool_rows": rows.pool, "pool_prevalence": rows.prevalence}
+            judged = {"pool_rows": rows.pool, "pool_prevalence": rows.prevalence}
+            changes |= {"select": choice, **(judged if choice == "aucp" else {"threshold_rows": rows.pool})}
         return self.set_recipe(name, arm, **changes)
 
     # -- rows -------------------------------------------------------------------------------------------------------
@@ -352,7 +353,7 @@ class Plan:
                 f"set {name}: no test image is known to be {missing}, so nothing can be ranked; check test= and where="
             )
         patients = int(fit.test.table["patient_id"][~np.isnan(target)].nunique())
-        return {**found, "test_patients": patients, "synthetic": fit.test.synthetic}
+        return {**found, "test_patients": patients, "folds": rows.folds, "synthetic": fit.test.synthetic}
 
 
 def known(rows: Selection) -> np.ndarray:

@@ -1,5 +1,5 @@
 """The tables of a protocol: what is done of it, with intervals over patients and seeds, the control rows, what may be
-claimed, and published figures apart from ours."""
+claimed, and published figures apart from ours. Values that JSON can hold; protocol_page shows them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from carina.files import write_json, write_text
+from carina.finetune.protocol_page import below, figure, markdown, words
 from carina.finetune.protocol_plan import Cell, Plan, Row
 from carina.metrics.intervals import difference, interval
-from carina.metrics.ranking import auroc, average_precision, roc_curve
+from carina.metrics.ranking import auroc, average_precision, false_positive_rate
 from carina.metrics.resampling import Replicates, replicate
 from carina.models.controls import BACKGROUND_ONLY, LUNGS_ONLY, Control
 
 FACTS = b"carina"  # key of a cell's facts in the metadata of its file
-SENSITIVITY = 0.95
-BELOW = (
-    "Below chance means that abnormal images lie nearer to the training normals than other normals do: distance from normal "
-    "measures something else than disease there, and turning the sign would use the labels."
-)
 
 
 @dataclass(frozen=True)
@@ -190,7 +186,7 @@ def measure(frames: list[pd.DataFrame], resamples: int, seed: int) -> tuple[dict
         "auroc": interval(found, 0).to_dict(),
         "auroc_by_seed": found.point[:, 0].tolist(),
         "average_precision": float(np.mean([average_precision(target, line) for line in scores])),
-        "fpr_at_95_tpr": float(np.mean([alarms_at(target, line) for line in scores])),
+        "fpr_at_95_tpr": float(np.mean([false_positive_rate(target, line) for line in scores])),
     }
     if tests[0]["fold"].nunique() > 1:
         inside = float(np.mean([within_folds(test) for test in tests]))
@@ -215,12 +211,6 @@ def told(facts: list[dict[str, Any]]) -> dict[str, Any]:
 # -- figures of one frame -----------------------------------------------------------------------------------------------
 
 
-def alarms_at(target: np.ndarray, score: np.ndarray) -> float:
-    """False-positive rate at the highest threshold that finds 95 % of the abnormal images."""
-    alarms, hits, _ = roc_curve(target, score)
-    return float(alarms[np.searchsorted(hits, SENSITIVITY - 1e-12)])
-
-
 def within_folds(test: pd.DataFrame) -> float:
     """Mean AUROC inside a fold, where scores of different fits do not meet; NaN where no fold has both classes."""
     values = [auroc(part["target"].to_numpy(float), part["score"].to_numpy()) for _, part in test.groupby("fold")]
@@ -241,157 +231,3 @@ def against(frame: pd.DataFrame, role: str, rate: float = 0.05) -> tuple[float, 
         shifts.append(auroc(np.repeat([0.0, 1.0], [len(old), len(new)]), np.concatenate([old, new])))
         weights.append(len(new))
     return (float(np.average(alarms, weights=weights)), float(np.average(shifts, weights=weights))) if weights else None
-
-
-# -- words --------------------------------------------------------------------------------------------------------------
-
-
-def below(found: dict[str, Any]) -> bool:
-    return found["high"] is not None and found["high"] < 0.5
-
-
-def words(entry: dict[str, Any]) -> str:
-    return f"{entry['arm']} ({entry['checkpoint']}, {entry['scorer']}, {entry['region']})"
-
-
-def figure(found: dict[str, Any] | None, sign: str = "") -> str:
-    if found is None:
-        return "-"
-    if found["value"] is None:
-        return found["reason"]
-    text = f"{found['value']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
-    return text if found["estimable"] else f"{text}, not estimable"
-
-
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-HEADS = ["arm", "checkpoint", "scorer", "region", "AUROC", "AP", "FPR at 95 % TPR", "nominal 5 %", "shift", "pretext saw",
-         "labels used", "seeds"]  # fmt: skip
-
-
-def both(row: dict[str, Any], name: str) -> str:
-    """A figure against cross-fitted training normals and, in parentheses, against held-out ones."""
-    held_out = row.get(f"{name}_held_out")
-    return number(row.get(name)) + (f" ({number(held_out)})" if held_out is not None else "")
-
-
-def cells_of(row: dict[str, Any]) -> list[str]:
-    """The columns of HEADS."""
-    saw = row["pretext_saw"] + (f", then {row['finetune_saw']}" if row["finetune_saw"] else "")
-    saw += " (transductive)" if row["transductive"] else ""
-    steps = sorted(set(row["steps"]) - {0})
-    checkpoint = row["checkpoint"] + (f", step {'/'.join(map(str, steps))}" if steps else "")
-    checkpoint += "" if row["informative"] else ", not informative"
-    return [
-        row["arm"] + (" **primary**" if row["primary"] else ""),
-        f"{checkpoint}" if row["mode"] == "frozen" else f"full, {checkpoint}",
-        row["scorer"],
-        row["region"],
-        figure(row["auroc"]),
-        number(row["average_precision"]),
-        number(row["fpr_at_95_tpr"]),
-        both(row, "fpr_nominal"),
-        both(row, "shift"),
-        saw,
-        row["labels_used"],
-        str(row["seeds"]),
-    ]
-
-
-def control_cells(row: dict[str, Any]) -> list[str]:
-    first = [f"control: {row['control']}", "", row["method"], ""]
-    if row.get("missing"):
-        return [*first, row["missing"], *["-"] * 4, "", "", ""]
-    figures = [figure(row["auroc"]), number(row["average_precision"]), number(row["fpr_at_95_tpr"]), "-", "-"]
-    return [*first, *figures, "nothing", "the normal flag", "1"]
-
-
-Grid = tuple[str, list[str], list[list[str]], list[str]]  # title, heads, rows, sentences
-
-
-def grids(result: dict[str, Any]) -> list[Grid]:
-    """Every table in the order in which they are read."""
-    found: list[Grid] = []
-    for table in result["tables"]:
-        title = f"{result['title']}: {table['set']}"
-        rows = [cells_of(row) for row in table["rows"]] + [control_cells(row) for row in table["controls"]]
-        found.append((title, HEADS, rows, notes(result, table)))
-        rows = [
-            [row["row"], *(figure(row[part]) for part in ("lungs", "background")), figure(row["difference"], "+"),
-             "yes" if row["claims_lesions"] else "no"]
-            for row in table["lungs_minus_background"]
-        ]  # fmt: skip
-        if rows:
-            heads = ["row", "lungs only", "background only", "lungs - background", "claims lesions"]
-            said = [row["sentence"] for row in table["lungs_minus_background"] if row["sentence"]]
-            said.append("Lesions are claimed where lungs only beat background only, and chance, by their intervals.")
-            found.append((f"{title}, lungs and background", heads, rows, said))
-        rows = [
-            [row["arm"], row["checkpoint"], row["scorer"], f"{row['share'] * 100:g} %", figure(row["auroc"]),
-             figure(row["clean"]), figure(row["difference"], "+"), str(row["seeds"])]
-            for row in table["contamination"]
-        ]  # fmt: skip
-        if rows:
-            heads = ["arm", "checkpoint", "scorer", "abnormal", "AUROC", "AUROC without", "difference", "seeds"]
-            said = ["Shares of abnormal images among the training normals; whole images, last epoch, the same seeds."]
-            found.append((f"{title}, contaminated normals", heads, rows, said))
-    if result["published"]:
-        rows = [[row["method"], f"{row['auroc']:.3f}", row["source"]] for row in result["published"]]
-        said = ["As their authors report them on these rows; none was run here."]
-        found.append((f"{result['title']}: published figures", ["method", "AUROC", "source"], rows, said))
-    return found
-
-
-def notes(result: dict[str, Any], table: dict[str, Any]) -> list[str]:
-    """What must be read with a table."""
-    counts, cells = table["counts"], table["cells"]
-    share = counts["test_abnormal"] / (counts["test_abnormal"] + counts["test_normal"])
-    found = [
-        ("Synthetic images. " if result["synthetic"] else "")
-        + f"{counts['train_normal']} normal images to train on; tested on {counts['test_normal']} normal and "
-        f"{counts['test_abnormal']} abnormal images of {counts['test_patients']} patients (chance: AUROC 0.5, AP "
-        f"{share:.3f}). 95 % intervals: patients and seeds resampled {result['resamples']} times. Nominal 5 %: the share "
-        "of test normals above the threshold that 5 % of the cross-fitted training normals exceed; shift: AUROC of test "
-        "normals against those; in parentheses the same with held-out normals."
-    ]
-    if cells["done"] < cells["asked"]:
-        found.append(f"Not finished: {cells['done']} of {cells['asked']} cells are done.")
-    if table["primary"]:
-        found.append(table["primary"]["sentence"])
-    if table["below_chance"]:
-        found.append(f"Below chance: {'; '.join(table['below_chance'])}. {BELOW}")
-    return found
-
-
-def markdown(result: dict[str, Any]) -> str:
-    parts = [f"# {result['title']}", result["about"], *result["remarks"]]
-    if result["left_out"]:
-        parts.append(f"Left out: {'; '.join(result['left_out'])}.")
-    for title, heads, rows, said in grids(result):
-        lines = [f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows]]
-        parts += [f"## {title}", *said, "\n".join(lines)]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def terminal(result: dict[str, Any]) -> Any:
-    """The same as a group of rich tables."""
-    from rich.console import Group
-    from rich.markup import escape
-    from rich.table import Table
-
-    parts: list[Any] = [escape(text) for text in (result["about"], *result["remarks"]) if text]
-    if result["left_out"]:
-        parts.append(escape(f"Left out: {'; '.join(result['left_out'])}."))
-    for title, heads, rows, notes in grids(result):
-        table = Table(
-            title=escape(title), title_justify="left", caption=escape("\n".join(notes)), caption_justify="left"
-        )
-        for head in heads:
-            table.add_column(head)
-        for row in rows:
-            marked = "**primary**" in row[0]
-            table.add_row(*(escape(cell.replace("**", "")) for cell in row), style="bold" if marked else "")
-        parts.append(table)
-    return Group(*parts)

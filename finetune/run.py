@@ -21,7 +21,7 @@ from carina.finetune import anomaly
 from carina.finetune.classify import Classification, probe
 from carina.finetune.recipe import FinetuneRecipe
 from carina.metrics.ranking import auroc, youden
-from carina.models.backbones import EXTERNAL, Backbone, backbone_record, load_backbone
+from carina.models.backbones import EXTERNAL, Backbone, backbone_record, load_backbone, pretext_saw
 from carina.models.hub import predictor_card
 from carina.models.predictor import Member, Predictor, save_predictor
 from carina.models.scorers import SCORERS, Read, ScorerSettings
@@ -45,8 +45,8 @@ def finetune(
     recipe = resolved(recipe, recipe.out, resume)
     torch.set_num_threads(recipe.threads)
     everything = select(recipe.store, where=recipe.where)
-    train, held_out = _rows(recipe, everything)
-    scale, size = _scale_and_size(recipe, everything)
+    train, held_out = training_rows(recipe, everything)
+    scale, size = scale_and_size(recipe, everything)
     for store in everything.stores:
         store.check_scale(scale)
     mean, std = intensity(train, scale)
@@ -84,7 +84,7 @@ def _check(recipe: FinetuneRecipe, dry_run: bool) -> None:
         raise CarinaError(f"fold={recipe.fold} is not one of the {recipe.folds} folds; give 0 to {recipe.folds - 1}")
 
 
-def _rows(recipe: FinetuneRecipe, everything: Selection) -> tuple[Selection, Selection | None]:
+def training_rows(recipe: FinetuneRecipe, everything: Selection) -> tuple[Selection, Selection | None]:
     """Training rows, and the rows apart from them that set thresholds (None: cross-fitted scores do)."""
     if recipe.folds is not None:
         folds = stable_folds(linked_patients(everything.table).tolist(), recipe.folds, recipe.draw)
@@ -136,7 +136,7 @@ def _judged(recipe: FinetuneRecipe, everything: Selection, train: Selection) -> 
     return rows
 
 
-def _scale_and_size(recipe: FinetuneRecipe, selection: Selection) -> tuple[int, int | None]:
+def scale_and_size(recipe: FinetuneRecipe, selection: Selection) -> tuple[int, int | None]:
     """The scale that is read, and the size that enters the network (None: the backbone's own)."""
     scales = sorted(set.intersection(*(set(store.scales) for store in selection.stores)))
     if not scales:
@@ -165,6 +165,10 @@ class _Work:
     ):
         self.recipe, self.selection, self.held_out, self.judged = recipe, train, held_out, judged
         self.backbone, self.scale, self.quiet = backbone, scale, quiet
+        self.trained = train
+        if judged is not None and recipe.select == "aucp":
+            self.kept = anomaly.kept_from_training(train.table["patient_id"].tolist(), recipe.seed)
+            self.trained = train.where(~self.kept)
         self.device = pick_device()
         self.engine = self._engine() if recipe.mode == "full" else None
         rank = int(os.environ.get("RANK", 0)) if self.engine is None else self.engine.rank
@@ -173,17 +177,17 @@ class _Work:
     def _engine(self) -> Engine:
         recipe = self.recipe
         settings = recipe
-        if recipe.batch_size > len(self.selection):
+        if recipe.batch_size > len(self.trained):
             # few labels: the largest even batch that the rows fill
-            settings = recipe.model_copy(update={"batch_size": max(2, len(self.selection) // 2 * 2)})
+            settings = recipe.model_copy(update={"batch_size": max(2, len(self.trained) // 2 * 2)})
         classify = recipe.task == "classify"
         if not classify:
-            self.selection.check_lungs()
+            self.trained.check_lungs()
         task = Classification(self.backbone, recipe) if classify else anomaly.Pasting(self.backbone, recipe)
-        targets = to_targets(self.selection.targets(recipe.labels), recipe.uncertain) if classify else None
+        targets = to_targets(self.trained.targets(recipe.labels), recipe.uncertain) if classify else None
         return Engine(
             task,
-            self.selection,
+            self.trained,
             settings,
             scales=[self.scale],
             masks=not classify,
@@ -256,7 +260,7 @@ class _Work:
 
     def _save(self, run: Run, folder: Path, facts: dict[str, Any], member: Member, extra: dict[str, Any]) -> dict:
         recipe, member = self.recipe, member.cpu().eval()
-        table, past = self.selection.table, backbone_record(recipe.backbone)
+        table = self.selection.table
         saw = anomaly.saw(recipe) if recipe.task == "anomaly" else "labelled images"
         info = {
             "kind": recipe.task,
@@ -267,8 +271,8 @@ class _Work:
             "geometry": self.selection.geometry,
             "synthetic": self.selection.synthetic,
             "labels_used": self._labels_used(),
-            "pretext_saw": past.get("pretext_saw", "nothing" if recipe.backbone.startswith("random") else "unknown"),
-            "transductive": bool(past.get("transductive", False)),
+            "pretext_saw": pretext_saw(recipe.backbone),
+            "transductive": bool(backbone_record(recipe.backbone).get("transductive", False)),
             "finetune_saw": saw,
             "data": {"images": len(table), "patients": int(table["patient_id"].nunique())},
             "store_hashes": self.selection.hashes,
@@ -352,7 +356,7 @@ class _Work:
             raise CarinaError("scorer.name=head was trained on these normals; its threshold needs threshold_rows=SPLIT")
         else:
             patients = self.selection.table["patient_id"].tolist()
-            scores, _ = anomaly.cross_fitted_distances(normals, patients, settings, recipe.seed, recipe.cross_folds)
+            scores = anomaly.cross_fitted_distances(normals, patients, settings, recipe.seed, recipe.cross_folds)
             source = "cross-fitted training normals"
         threshold = float(np.quantile(scores, 1 - recipe.false_positive_rate))
         return member, {
@@ -364,7 +368,6 @@ class _Work:
     def _choose(self, run: Run) -> tuple[dict[str, Any], Selection]:
         """Leave the task at the checkpoint that `select` prefers; returns the choice and the rows that it was made on."""
         recipe, judged = self.recipe, self.judged
-        patients = self.selection.table["patient_id"].tolist()
         key = "aucp" if recipe.select == "aucp" else "auroc"
         table, steps = [], anomaly.checkpoint_steps(run)
         # the head has seen the training normals and cannot be fitted without some of them
@@ -379,7 +382,8 @@ class _Work:
                 anomaly.load_checkpoint(self.engine.task, folder)
                 if key == "aucp":
                     normals, pool = self._read(self.selection, settings), self._read(judged, settings)
-                    value = anomaly.aucp(normals, patients, pool, settings, recipe.seed, recipe.cross_folds)
+                    parts = (anomaly.rows_of(normals, rows) for rows in (~self.kept, self.kept))
+                    value = anomaly.aucp(*parts, pool, settings)
                 else:
                     value = auroc(targets, anomaly.member_distances(self._detector()[0], judged, self.device))
                 table.append({"step": step, key: value})

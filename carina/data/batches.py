@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from carina.data.store import Selection, unit
 from carina.draws import Draws, hash64, permutation, sample_codes
 from carina.errors import CarinaError
+from carina.models.controls import CHUNK, Rows
 
 PATIENCE = 300.0  # seconds until a batch that has not arrived is given up
 NAMED = 3  # image_ids of a batch that a message names
@@ -308,6 +309,28 @@ def in_order(
     for start in range(0, len(selection), batch_size):
         rows = range(start, min(start + batch_size, len(selection)))
         yield slice(rows.start, rows.stop), unit_tensor(torch.from_numpy(selection.images(rows, scale)).to(device))
+
+
+def with_lungs(
+    selection: Selection, scale: int, device: torch.device, wanted: bool = True
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
+    """As `in_order`, with the lungs (B, 1, S, S) bool where they are wanted. Raises CarinaError where a row has none."""
+    if wanted:
+        selection.check_lungs()
+    for rows, images in in_order(selection, scale, device):
+        lungs = None
+        if wanted:
+            lungs = torch.from_numpy(selection.masks(range(rows.start, rows.stop), scale)).unsqueeze(1).to(device)
+        yield rows, images, lungs
+
+
+def control_chunks(selection: Selection, scale: int) -> Iterator[Rows]:
+    """All rows in order as the control rows take them; lungs where the store has any."""
+    sizes, lungs = selection.table[["height", "width"]].to_numpy(), (selection.table["lungs_source"] != "none").any()
+    for start in range(0, len(selection), CHUNK):
+        places = range(start, min(start + CHUNK, len(selection)))
+        masks = selection.masks(places, scale) if lungs else None
+        yield Rows(selection.images(places, scale), masks, sizes[places.start : places.stop])
 
 
 def intensity(selection: Selection, scale: int, sample: int = 512) -> tuple[tuple[float], tuple[float]]:

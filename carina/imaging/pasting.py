@@ -31,12 +31,12 @@ AREA = (0.02, 0.15)  # of the image
 ASPECT = (0.3, 1 / 0.3)  # log-uniform
 MARGIN = 10 / 256  # the blend shape is smaller than the patch by this on every side
 BLUR = (4 / 256, 14 / 256)  # sigma of the blend mask; from 0 in the paper, where the sharpest edges give a paste away
-OPACITY = (150 / 255, 1.0)
+OPACITY = (150 / 255, 254 / 255)
 JITTER = 0.1
 NEAR_ONE = (1 - JITTER, 1 + JITTER)
 SMALLEST = 0.01  # of the side: a shape keeps at least this half-axis, whatever the margin takes
 FADE = 0.016  # of the side: over which the paste fades towards the edge of the lungs
-SIGMAS = 2  # where the blur ends
+SIGMAS = 2.5  # where the blur ends
 GRID = 1 / 128  # of the side: step at which shapes are drawn before they are blurred
 SCAR_WIDTH = (2 / 256, 16 / 256)  # of the side
 SCAR_LENGTH = (10 / 256, 25 / 256)
@@ -54,9 +54,13 @@ def _column(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32)).to(like.device)[:, None, None]
 
 
+def _between(unit: np.ndarray, low: float, high: float) -> np.ndarray:
+    return low + unit * (high - low)
+
+
 def _pieces(sizes: np.ndarray, device: torch.device) -> Iterator[np.ndarray]:
-    """Rows of a batch whose windows are (B, 2) pixels: on a CPU so few at a time that windows of the largest size stay in its
-    cache, and such of like sizes; elsewhere all at once."""
+    """Rows of a batch whose windows are (B, 2) pixels: on a CPU such of like sizes, and so few at a time that they stay in
+    its cache; elsewhere all at once."""
     if device.type != "cpu":
         yield np.arange(len(sizes))
         return
@@ -89,10 +93,19 @@ def _read(images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 # -- places in the lungs ------------------------------------------------------------------------------------------------
 
 
+def _row_counts(masks: torch.Tensor) -> torch.Tensor:
+    """(B, S) int32: how many pixels of each row of masks (B, 1, S, S) bool are set."""
+    side = masks.shape[-1]
+    if side % 8 or side > 2040:
+        return masks[:, 0].sum(dim=2, dtype=torch.int32)
+    eights = masks[:, 0].contiguous().view(torch.int64).sum(dim=2)  # eight columns of counts below 256, a byte each
+    return eights.view(torch.uint8).view(-1, side, 8).sum(dim=2, dtype=torch.int32)
+
+
 def lung_points(masks: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
     """A uniformly drawn pixel of each mask (B, 1, S, S) bool -> (row (B,), column (B,)); the center of an empty one."""
     height, width = masks.shape[-2:]
-    ends = masks[:, 0].sum(dim=2, dtype=torch.int32).cumsum(dim=1)
+    ends = _row_counts(masks).cumsum(dim=1)
     total = ends[:, -1]
     unit = torch.from_numpy(draws.uniform("lung point").astype(np.float64)).to(masks.device)
     rank = torch.minimum((unit * total).floor().to(torch.int64), (total - 1).clamp(min=0))[:, None]
@@ -106,10 +119,9 @@ def lung_points(masks: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.
 
 def _bounds(masks: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
     """First and last row (axis 0) or column (axis 1) of each mask (B, 1, S, S) bool; the whole image for an empty one."""
-    there = masks[:, 0].view(torch.uint8).amax(dim=2 - axis)
-    length = there.shape[1]
-    first, last = there.argmax(dim=1), length - 1 - there.flip(1).argmax(dim=1)
-    return first, last
+    there = _row_counts(masks) > 0 if axis == 0 else masks[:, 0].view(torch.uint8).amax(dim=1)
+    there = there.view(torch.uint8)
+    return there.argmax(dim=1), there.shape[1] - 1 - there.flip(1).argmax(dim=1)
 
 
 def _within(unit: np.ndarray, size: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
@@ -139,77 +151,128 @@ def anatpaste(images: torch.Tensor, masks: torch.Tensor, draws: Draws) -> tuple[
     (B, 1, S, S) in [0, 1]; outside the mask alpha is 0 and the image unchanged to the bit.
     """
     side, device, draws = images.shape[-1], images.device, draws.part("anatpaste")
-    area = draws.uniform("area", *AREA) * side * side
-    ratio = np.exp(draws.uniform("aspect", math.log(ASPECT[0]), math.log(ASPECT[1])))
+    area, aspect, spread, is_ellipse, opacity, brightness, contrast, *unit = draws.uniform("paste", shape=(9,)).T
+    area = _between(area, *AREA) * side * side
+    ratio = np.exp(_between(aspect, *np.log(ASPECT)))
     size = np.minimum(np.sqrt(np.stack([area * ratio, area / ratio], axis=1)), side).round()
     half = np.maximum(size / 2 - MARGIN * side, SMALLEST * side)
-    sigma = draws.uniform("blur", *BLUR)[:, None] * side
+    sigma = _between(spread, *BLUR)[:, None] * side
     reach = half + SIGMAS * sigma
     step = max(1, int(GRID * side))
-    offsets = step * np.arange(-math.ceil(5 * BLUR[1] / GRID), math.ceil(5 * BLUR[1] / GRID) + 1)
-    whole = np.exp(-0.5 * (offsets / sigma) ** 2).sum(axis=1, keepdims=True)  # of the blur's kernel
-    columns = [half, reach, sigma, whole, draws.coin("shape")[:, None]]
-    for name, low, high in (("opacity", *OPACITY), ("brightness", *NEAR_ONE), ("contrast", *NEAR_ONE)):
-        columns.append(draws.uniform(name, low, high)[:, None])
-    drawn = torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float32)).to(device)
-    target = torch.stack(lung_points(masks, draws), dim=1)
-    sizes, unit = torch.from_numpy(size.astype(np.int64)).to(device), draws.uniform("from", shape=(2,))
-    source = torch.stack([_within(unit[:, axis], sizes[:, axis], *_bounds(masks, axis)) for axis in (0, 1)], dim=1)
-
-    images, faded = images.contiguous(), _faded(masks)
-    pasted, alphas = images.clone(), torch.zeros_like(images)
     halves, reaches = np.ceil(half / step).astype(int), np.ceil(reach).astype(int)
-    with torch.autocast(device.type, enabled=False):
-        for own in _pieces(2 * reaches + 1, device):
-            rows = torch.from_numpy(own).to(device)
-            given = drawn[rows], source[rows], target[rows], step, halves[own].max(axis=0), reaches[own].max(axis=0)
-            places, alpha, change = _anatpaste(images, faded, rows, *given)
-            # added, because the windows' parts beyond the image, of no change, stand for pixels at its border
-            pasted.view(-1).scatter_add_(0, places.view(-1), change.view(-1))
-            alphas.view(-1).scatter_add_(0, places.view(-1), alpha.view(-1))
+
+    # of each sample and axis, around its middle: the shape's profile, where the window counts; of each the blur's kernel
+    inner = step * np.arange(-halves.max(), halves.max() + 1)
+    profile = (inner / half[:, :, None]) ** 2
+    profile = np.where(is_ellipse[:, None, None] < 0.5, profile, 2 * (profile > 1))  # a rectangle: 0 inside, 2 outside
+    offsets = np.arange(-reaches.max(), reaches.max() + 1)
+    window = 1.0 * (np.abs(offsets) <= reach[:, :, None])
+    window[:, 0] *= _between(opacity, *OPACITY)[:, None]
+    ends = reaches.max() + inner[-1]
+    kernel = np.exp(-0.5 * (np.arange(-ends, ends + 1) / sigma) ** 2)
+    kernel /= kernel[:, ends % step :: step].sum(axis=1, keepdims=True)
+    brightness = _between(brightness, *NEAR_ONE)
+    slope = brightness * _between(contrast, *NEAR_ONE)
+    given = [values.astype(np.float32) for values in (profile, window, kernel, slope, brightness - slope)]
+
+    target = torch.stack(lung_points(masks, draws), dim=1)
+    sizes, far = (torch.from_numpy(values.astype(np.int64)).to(device) for values in (size, reaches))
+    source = torch.stack([_within(unit[axis], sizes[:, axis], *_bounds(masks, axis)) for axis in (0, 1)], dim=1)
+    source = torch.minimum(torch.maximum(source, far), side - 1 - far)  # the widest window takes 0.91 of the side
+    images, lungs = images.contiguous(), _faded(masks)
+    pasted, alphas = torch.stack([images, torch.zeros_like(images[:1]).expand_as(images)])
+    paste = _paste_each if device.type == "cpu" else _paste_all
+    paste(images, lungs, pasted, alphas, source, target, halves, reaches, step, given)
     return pasted, alphas
 
 
-def _anatpaste(
+def _paste_each(
     images: torch.Tensor,
-    faded: torch.Tensor,
-    rows: torch.Tensor,
-    drawn: torch.Tensor,
+    lungs: torch.Tensor,
+    pasted: torch.Tensor,
+    alphas: torch.Tensor,
     source: torch.Tensor,
     target: torch.Tensor,
-    step: int,
     halves: np.ndarray,
     reaches: np.ndarray,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Places, alpha and change (N, height, width) of the images `rows`. drawn: (N, 10) in the order of `anatpaste`;
-    source, target: (N, 2) middles; halves: of the largest shape, in steps; reaches: of the largest window, in pixels."""
-    side, device = images.shape[-1], images.device
-    half, reach, (sigma, whole, is_ellipse, opacity, brightness, contrast) = drawn[:, :2], drawn[:, 2:4], drawn[:, 4:].T
-    height, width = lengths = (2 * reaches + 1).tolist()
-    starts = target - torch.from_numpy(reaches).to(device)
-    distances, blurs = [], []
-    for axis, (length, most) in enumerate(zip(lengths, halves.tolist())):
-        inner = step * torch.arange(-most, most + 1, device=device)
-        distance = (inner / half[:, axis, None]) ** 2
-        distances.append(torch.where(is_ellipse[:, None] > 0, distance, 2.0 * (distance > 1)))  # rectangle: 0 in, 2 out
-        outer = torch.arange(length, device=device) - length // 2
-        ends = length // 2 + step * most
-        kernel = torch.exp(-0.5 * (torch.arange(-ends, ends + 1, device=device) / sigma[:, None]) ** 2)
-        blur = kernel.as_strided((len(rows), length, 2 * most + 1), (kernel.shape[1], 1, step))
-        there = target[:, axis, None] + outer
-        there = (outer.abs() <= reach[:, axis, None]) & (there >= 0) & (there < side)
-        blurs.append(blur * (there / whole[:, None])[:, :, None])
-    shape = (distances[0][:, :, None] + distances[1][:, None, :] <= 1).float()
-    alpha = (blurs[0] @ (shape * opacity[:, None, None])) @ blurs[1].transpose(1, 2)
-    places = _places(rows, starts, height, width, side)
-    alpha *= (_read(faded, places) * (2 / _span(side) ** 2)).sub_(1).clamp_(min=0)
+    step: int,
+    given: list[np.ndarray],
+) -> None:
+    """Paste into `pasted` and `alphas`, one image after the other, in slices no larger than it needs: on a CPU this stays in
+    the innermost cache, and takes a third of the time of `_paste_all`."""
+    side, weight = images.shape[-1], np.float32(2 / _span(images.shape[-1]) ** 2)
+    own, lungs, pasted, alphas = (values.numpy()[:, 0] for values in (images, lungs, pasted, alphas))
+    middle, most = given[1].shape[2] // 2, given[0].shape[2] // 2
+    for row, (reads, writes, near, far) in enumerate(
+        zip(source.tolist(), target.tolist(), halves.tolist(), reaches.tolist())
+    ):
+        profile, window, kernel, slope, offset = (values[row] for values in given)
+        at, origin, profiles, blurs = [], [], [], []
+        for axis in (0, 1):
+            first, last = max(-far[axis], -writes[axis]), min(far[axis], side - 1 - writes[axis])
+            at.append(slice(writes[axis] + first, writes[axis] + last + 1))
+            origin.append(slice(reads[axis] + first, reads[axis] + last + 1))
+            profiles.append(profile[axis, most - near[axis] : most + near[axis] + 1])
+            start = len(kernel) // 2 + first - step * near[axis]
+            strides = kernel.itemsize, kernel.itemsize * step
+            blur = np.ndarray((last - first + 1, 2 * near[axis] + 1), np.float32, kernel[start:], 0, strides)
+            blurs.append(blur * window[axis, middle + first : middle + last + 1, None])
+        at, origin = (row, *at), (row, *origin)
+        alpha, change = _compose(own[at], own[origin], lungs[at] * weight, profiles, blurs, slope, offset)
+        pasted[at] += change
+        alphas[at] = alpha
 
-    patch = _read(images, _places(rows, starts + source - target, height, width, side))
-    mean = (patch * alpha).sum(dim=(1, 2)) / alpha.sum(dim=(1, 2)).clamp(min=1e-6)
-    slope = brightness * contrast
-    patch = patch.mul_(slope[:, None, None]).add_((mean * (brightness - slope))[:, None, None]).clamp_(0, 1)
-    here = _read(images, places)
-    return places, alpha, patch.sub_(here).mul_(alpha)
+
+def _paste_all(
+    images: torch.Tensor,
+    lungs: torch.Tensor,
+    pasted: torch.Tensor,
+    alphas: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    halves: np.ndarray,
+    reaches: np.ndarray,
+    step: int,
+    given: list[np.ndarray],
+) -> None:
+    """The same for the whole batch at once, in windows as large as the largest."""
+    side, device, batch = images.shape[-1], images.device, len(images)
+    profile, window, kernel, slope, offset = (torch.from_numpy(values).to(device) for values in given)
+    (height, width), (tall, wide) = (2 * reaches.max(axis=0) + 1).tolist(), (2 * halves.max(axis=0) + 1).tolist()
+    blurs, profiles = [], []
+    for axis, (length, inner) in enumerate(((height, tall), (width, wide))):
+        offsets = torch.arange(length, device=device) - length // 2
+        there = target[:, axis, None] + offsets
+        near = window[:, axis].narrow(1, window.shape[2] // 2 - length // 2, length) * ((there >= 0) & (there < side))
+        start = kernel.shape[1] // 2 - length // 2 - step * (inner // 2)
+        blur = kernel.as_strided((batch, length, inner), (kernel.shape[1], 1, step), start)
+        blurs.append(blur * near[:, :, None])
+        profiles.append(profile[:, axis].narrow(1, profile.shape[2] // 2 - inner // 2, inner))
+    rows, half = torch.arange(batch, device=device), torch.tensor([height // 2, width // 2], device=device)
+    writes, reads = (_places(rows, middle - half, height, width, side) for middle in (target, source))
+    weighted = _read(lungs, writes) * (2 / _span(side) ** 2)
+    columns = slope[:, None, None], offset[:, None, None]
+    with torch.autocast(device.type, enabled=False):
+        alpha, change = _compose(_read(images, writes), _read(images, reads), weighted, profiles, blurs, *columns)
+    # added, because the windows' parts beyond the image, of no change, stand for pixels at its border
+    pasted.view(-1).scatter_add_(0, writes.view(-1), change.view(-1))
+    alphas.view(-1).scatter_add_(0, writes.view(-1), alpha.view(-1))
+
+
+def _compose(here, patch, lungs, profiles, blurs, slope, offset):
+    """Alpha and what is added to `here`; arrays (h, w) of NumPy or tensors (N, h, w).
+
+    lungs: twice the share of lung around a pixel. profiles: of a shape, down and across, inside where they sum up to 1.
+    blurs: matrices to the shape's sides. slope, offset: of the patch's jitter, the offset times its mean.
+    """
+    shape = (profiles[0][..., :, None] + profiles[1][..., None, :] <= 1) * np.float32(1)
+    alpha = blurs[0] @ shape @ blurs[1].swapaxes(-1, -2)
+    alpha *= (lungs - np.float32(1)).clip(0, 1)
+    mean = (patch * alpha).sum((-2, -1), keepdims=True) / alpha.sum((-2, -1), keepdims=True).clip(1e-6, None)
+    patch = (patch * slope + mean * offset).clip(0, 1)
+    patch -= here
+    patch *= alpha
+    return alpha, patch
 
 
 def _span(side: int) -> int:
@@ -220,16 +283,16 @@ def _span(side: int) -> int:
 def _faded(masks: torch.Tensor) -> torch.Tensor:
     """(B, 1, S, S) of masks: 0 outside, inside how many pixels of the square of _span around each are lung: half of them at
     a straight edge, all of them from FADE inside."""
-    span = _span(masks.shape[-1])
+    side = masks.shape[-1]
+    span = _span(side)
     result = torch.empty(masks.shape, dtype=torch.uint8 if span < 16 else torch.int16, device=masks.device)
-    for lungs, out in zip(masks.split(16), result.split(16)):
+    for lungs, out in zip(masks.split(8), result.split(8)):
         lungs = lungs.to(result.dtype)
-        share = F.pad(lungs, (span // 2, span // 2 - 1, span // 2, span // 2 - 1))
-        step = 1
-        while step < span:  # sums of 2, 4, 8, ... neighbors
-            share = share[:, :, :-step] + share[:, :, step:]
-            share = share[..., :-step] + share[..., step:]
-            step *= 2
+        width = side + span  # rows stand one after the other, so that a step down is a step of one width
+        share = F.pad(lungs, (span // 2, span // 2, span // 2, span // 2)).view(-1)
+        for step in (unit * 2**power for unit in (1, width) for power in range(span.bit_length() - 1)):
+            share = share[:-step] + share[step:]  # sums of 2, 4, 8, ... neighbors
+        share = share.as_strided((len(lungs), 1, side, side), (width * width, 0, width, 1))
         torch.mul(share, lungs, out=out)
     return result
 
@@ -331,10 +394,11 @@ def _sines(lengths: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor
     numbers = torch.arange(1, most + 1, device=lengths.device)
     inside = numbers <= lengths[:, None]
     period = (lengths + 1).double()
-    step = (math.pi / period)[:, None, None] * (numbers[:, None] * numbers % (2 * lengths[:, None, None] + 2))
-    sines = torch.sin(step) * (2 / period).sqrt()[:, None, None] * inside[:, :, None] * inside[:, None, :]
+    cycles = (numbers[:, None] * numbers) / (2 * period[:, None, None])
+    sines = torch.sin(2 * math.pi * (cycles - cycles.floor()).float())  # reduced in double, so that sin may be single
+    sines = sines * (2 / period).sqrt().float()[:, None, None] * inside[:, :, None] * inside[:, None, :]
     values = 2 * torch.cos(math.pi / period[:, None] * numbers) - 2
-    return sines.float(), torch.where(inside, values, -1.0).float()
+    return sines, torch.where(inside, values, -1.0).float()
 
 
 def blend_foreign(
@@ -344,8 +408,9 @@ def blend_foreign(
 
     At every pixel border the steeper of both gradients is kept (mixed gradients), and the image is solved for from them
     with its own values around the patch. images, others: (B, 1, S, S) in [0, 1]. masks: (B, 1, S, S) bool or None; where
-    given, patches are centered on lung pixels. Returns the images and the change map (B, 1, S, S) in [0, 1], a logistic
-    function of the absolute change that is 0 where nothing changed; there the image is unchanged to the bit.
+    given, patches are centered on lung pixels, or so near that they stay in the box around the lungs, and are taken from
+    that box. Returns the images and the change map (B, 1, S, S) in [0, 1], a logistic function of the absolute change
+    that is 0 where nothing changed; there the image is unchanged to the bit.
     """
     draws, side, device = draws.part("foreign blending"), images.shape[-1], images.device
     result = images.clone(memory_format=torch.contiguous_format)
@@ -365,17 +430,17 @@ def blend_foreign(
             shift = part.uniform("shift", -BLEND_SHIFT, BLEND_SHIFT, shape=(2,)) * side
             sizes = torch.from_numpy(size).to(device)
             scales, shifts = torch.from_numpy(scale).to(device)[:, None], torch.from_numpy(shift).to(device)
+            first, last = torch.zeros_like(sizes), torch.full_like(sizes, side)
             lungs = None if masks is None else masks[at]
-            target = torch.stack(_centers(lungs, images, part), dim=1)
-            starts = torch.minimum((target - sizes // 2).clamp(min=0), side - sizes)
-            sources = starts + sizes / 2 + shifts
-            if lungs is None:
-                first, last = torch.zeros_like(sizes), torch.full_like(sizes, side)
-            else:  # the other's lungs are taken to lie where its own do
+            if lungs is not None:  # the other's lungs are taken to lie where its own do
                 first, last = (torch.stack(ends, dim=1) for ends in zip(*(_bounds(lungs, axis) for axis in (0, 1))))
                 last = last + 1
+            target = torch.stack(_centers(lungs, images, part), dim=1)
+            starts = torch.maximum(torch.minimum(target - sizes // 2, last - sizes), first)
+            starts = torch.where(sizes > last - first, (first + last - sizes) // 2, starts).clamp(min=0)
+            starts = torch.minimum(starts, side - sizes)
             reach = torch.minimum(sizes / 2 / scales, (last - first) / 2)
-            sources = torch.minimum(torch.maximum(sources, first + reach), last - reach)
+            sources = torch.minimum(torch.maximum(starts + sizes / 2 + shifts, first + reach), last - reach)
             for own in _pieces(size, device):
                 height, width = size[own].max(axis=0).tolist()
                 piece = torch.from_numpy(own).to(device)

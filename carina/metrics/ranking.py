@@ -11,6 +11,11 @@ import numpy as np
 
 from carina.errors import CarinaError
 
+BELOW_CHANCE = (
+    "abnormal images lie nearer to the training normals than other normals do, so this distance measures something else "
+    "than disease; turning its sign would use the labels"
+)
+
 
 class Ranking:
     """The scores of one label, sorted once, to be measured under any number of weightings.
@@ -160,6 +165,16 @@ def precision_recall_curve(target: np.ndarray, score: np.ndarray) -> tuple[np.nd
     thresholds, hits, alarms = _counts_above(target, score)
     precision, recall = hits / (hits + alarms), hits / hits[-1]
     return np.append(precision[::-1], 1.0), np.append(recall[::-1], 0.0), thresholds[::-1]
+
+
+def false_positive_rate(target: np.ndarray, score: np.ndarray, sensitivity: float = 0.95) -> float:
+    """The share of negatives at or above the highest threshold that finds `sensitivity` of the positives, in [0, 1]; NaN
+    where one class is missing."""
+    ranking = Ranking(target, score)
+    if not len(ranking.positives) or not len(ranking.negatives):
+        return float("nan")
+    _, hits, alarms = _counts_above(target, score)
+    return float(alarms[np.searchsorted(hits, np.ceil(sensitivity * hits[-1] - 1e-9))] / alarms[-1])
 
 
 def youden(target: np.ndarray, score: np.ndarray) -> float:

@@ -312,6 +312,12 @@ def backbone_record(reference: str) -> dict[str, Any]:
     return {}
 
 
+def pretext_saw(reference: str) -> str:
+    """What the backbone that is named was trained on, in words."""
+    otherwise = "natural images" if reference in EXTERNAL else "unknown"
+    return backbone_record(reference).get("pretext_saw", "nothing" if reference.startswith("random") else otherwise)
+
+
 def _artefact(path: Path) -> Path:
     inner = (path / name for name in ("backbone", "predictor/member-0"))
     return next((folder for folder in inner if (folder / "config.json").is_file()), path)

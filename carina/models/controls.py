@@ -7,8 +7,9 @@ store, chunk by chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 import cv2
@@ -51,6 +52,12 @@ class Rows:
         return (resized(self.lungs, HOG_SIDE) >= 0.5).astype(np.float32)
 
 
+@cache
+def default_settings() -> ScorerSettings:
+    """Those of the shipped recipe, whatever the run beside these rows was given."""
+    return validate(ScorerSettings, read_recipe("finetune", "anomaly")["scorer"], "scorer of the control rows")
+
+
 @dataclass(frozen=True)
 class Method:
     """A scorer and what is done to features before it: standard (mean 0, deviation 1 among the normals that are fitted)
@@ -68,12 +75,7 @@ class Method:
             center, spread = normals.mean(axis=0, dtype=np.float64), normals.std(axis=0, dtype=np.float64)
             spread = np.where(spread > 0, spread, 1.0)
             normals, scored = (normals - center) / spread, (scored - center) / spread
-        given = {
-            **read_recipe("finetune", "anomaly")["scorer"],
-            "name": self.scorer,
-            "normalize": self.before == "unit",
-        }
-        settings = validate(ScorerSettings, given, "scorer of a control row")
+        settings = default_settings().model_copy(update={"name": self.scorer, "normalize": self.before == "unit"})
         scorer = SCORERS[self.scorer].fit([normals.astype(np.float32)], settings)
         with torch.no_grad():
             return scorer([torch.from_numpy(scored.astype(np.float32))]).double().numpy()
@@ -156,6 +158,8 @@ def file_size(rows: Rows) -> np.ndarray:
 
 
 def pooled_features(backbone: Backbone) -> Callable[[Rows], np.ndarray]:
+    backbone.eval()
+
     @torch.no_grad()
     def describe(rows: Rows) -> np.ndarray:
         greatest = np.iinfo(rows.images.dtype).max
@@ -188,8 +192,8 @@ def controls(scale: int, seed: int, names: Sequence[str] | None = None) -> list[
     ring = _border(RING_SIDE, RING_WIDTH)
     mixed_units = (Method("gaussian", "standard"),)
     network = (Method("gaussian", "unit"), Method("knn", "unit"), Method("knn"))
-    random = random_backbone("resnet18", min(scale, LARGEST), seed).eval()
-    opened = blocks_opened(random_backbone("resnet18", min(scale, LARGEST), seed)).eval()
+    random = random_backbone("resnet18", min(scale, LARGEST), seed)
+    opened = blocks_opened(deepcopy(random))
     rows = [
         Control("raw pixels", lambda r: resized(r.images, PIXEL_SIDE).reshape(len(r.images), -1)),
         Control("HOG", lambda r: hog(r.small)),

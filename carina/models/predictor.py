@@ -107,7 +107,9 @@ def save_predictor(folder: Path, predictor: Predictor, card: str) -> None:
             else:
                 part, entry = member.scorer, {"scorer": member.scorer.facts(), "region": member.region}
             save_tensors(temporary / f"member-{number}.safetensors", part.state_dict())
-            record = {"kind": "member", **{key: predictor.info[key] for key in ("pretext_saw", "transductive")}}
+            saw = predictor.info["pretext_saw"]
+            saw += f", then {predictor.info['finetune_saw']}" if predictor.info["mode"] == "full" else ""
+            record = {"kind": "member", "pretext_saw": saw, "transductive": predictor.info["transductive"]}
             write_backbone(temporary / f"member-{number}", member.backbone, record, card)
             entries.append({"backbone": member.backbone.spec.to_dict(), "scale": member.scale, **entry})
         write_json(temporary / FILE, {**predictor.info, "members": entries})

@@ -350,7 +350,8 @@ class Engine:
                     seconds = spent + now - began
                     # a sick step is never saved, so a signal waits for a sound one or for the third sick one
                     stop = self._stop_wanted() if bad == 0 else 0
-                    if bad == 0 and (done % self.settings.checkpoint_every == 0 or done == self.plan.steps or stop):
+                    due = any(n and done % n == 0 for n in (self.settings.checkpoint_every, self.settings.keep_every))
+                    if bad == 0 and (due or done == self.plan.steps or stop):
                         self.save(run, done, seconds)
                     if stop and done < self.plan.steps:
                         word = "interrupted" if stop == signal.SIGINT else "asked to stop"

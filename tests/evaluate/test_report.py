@@ -160,6 +160,21 @@ def test_anomaly_scores_are_distances_and_runs_are_apart(tmp_path, content):
     assert "2 runs" in found.text and "Calibration" not in found.text
 
 
+def test_control_rows_and_localization_have_their_tables(tmp_path, content):
+    figure = content["metrics"][0]["auroc"]
+    rows = [
+        {"control": f"HOG {NASTY}", "method": "gaussian", "auroc": figure, "ap": figure, "fpr95": 0.125, "missing": ""},
+        {"control": "file size", "method": "gaussian", "missing": "the same for every image"},
+    ]
+    where = [{"name": "AUPRO", "found": figure, "chance": 0.15, "words": "overlap of each lesion"}]
+    metrics = [{**content["metrics"][0], "fpr95": 0.375}]
+    anomaly = {"kind": "anomaly", "metrics": metrics, "controls": rows, "localization": where}
+    found = read(tmp_path, {**content, **anomaly, "localization_words": "3 lesions in 2 of 9 images."})
+    for words in ("Control rows", "0.125", "the same for every image", "0.375", "overlap of each lesion", "3 lesions"):
+        assert words in found.text
+    assert "script" not in found.tags and "Control rows" not in read(tmp_path, content).text
+
+
 def test_roc_band_is_the_bootstrap_of_scikit_learns_curves():
     rng = np.random.default_rng(0)
     target, patients = rng.integers(0, 2, 60).astype(float), np.repeat(np.arange(20), 3)

@@ -16,13 +16,20 @@ from scipy.stats import pearsonr
 from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 
-from carina.data.splits import patient_folds
 from carina.data.store import select
 from carina.draws import hash64
 from carina.errors import CarinaError
-from carina.evaluate.score import evaluate
+from carina.evaluate.score import evaluate, score_selection
 from carina.files import read_json
-from carina.finetune.anomaly import aucp, collect, contaminated, cross_fitted_distances
+from carina.finetune.anomaly import (
+    aucp,
+    collect,
+    contaminated,
+    cross_fitted_distances,
+    distances,
+    fit_scorer,
+    kept_from_training,
+)
 from carina.finetune.run import finetune
 from carina.intake.prepare import prepare
 from carina.models.backbones import random_backbone
@@ -73,7 +80,7 @@ def chosen(common, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """Twenty-four noise images of twelve patients that nobody made lung masks for, at 32 px."""
+    """Twenty-four noise images of twelve patients that nobody made lung masks for, at 32 and 48 px."""
     folder, random = tmp_path_factory.mktemp("bare"), np.random.default_rng(0)
     rows = []
     for i in range(24):
@@ -81,7 +88,7 @@ def bare(tmp_path_factory):
         split = ("train", "train", "val", "test")[i // 2 % 4]
         rows.append({"path": f"{i}.png", "patient": f"p{i // 2}", "split": split, "abnormal": i % 2})
     pd.DataFrame(rows).to_csv(folder / "labels.csv", index=False)
-    words = ["patient=patient", "split=split", "labels=[abnormal]", "scales=[32]", "lungs=false", "workers=1"]
+    words = ["patient=patient", "split=split", "labels=[abnormal]", "scales=[32,48]", "lungs=false", "workers=1"]
     prepare(str(folder / "labels.csv"), [*words, f"out={folder / 'store'}"], quiet=True)
     return folder / "store"
 
@@ -139,7 +146,7 @@ def test_a_predictor_of_the_lungs_is_not_fed_whole_images(common, bare, tmp_path
 
 def test_a_backbone_that_diverged_is_named(common, tmp_path):
     tensors = random_backbone("resnet18", 32, 0).network.state_dict()
-    tensors["layer4.1.conv1.weight"][0, 0, 0, 0] = torch.nan
+    tensors["conv1.weight"][0] = torch.nan
     save_tensors(tmp_path / "diverged.safetensors", tensors)
     given = {**common, "backbone": str(tmp_path / "diverged.safetensors"), "size": 32, "out": str(tmp_path / "run")}
     with pytest.raises(CarinaError, match="no finite numbers; check the backbone"):
@@ -168,44 +175,40 @@ def test_features_of_another_shape_are_refused(phantom_store, name):
 @pytest.mark.parametrize("name", FITTED)
 def test_more_features_than_images_give_numbers_that_tell_images_apart(common, tmp_path, name):
     """About thirty normals, 512 features: every scorer can be fitted, saved and read, and gives finite scores."""
-    out = tmp_path / "run"
-    facts = finetune(
-        "anomaly", {**common, "scorer": {"name": name}, "threshold_rows": None, "out": str(out)}, quiet=True
-    )
+    given = {"scorer": {"name": name}, "threshold_rows": None, "cross_folds": 3, "out": str(tmp_path)}
+    facts = finetune("anomaly", {**common, **given}, quiet=True)
     assert np.isfinite(facts["thresholds"]["abnormal"])
-    given = {"store": common["store"], "split": "val+test", "resamples": 100, "examples": 0, "controls": False}
-    evaluate(str(out), {**given, "out": str(tmp_path / "e")}, quiet=True)
-    scores = pd.read_parquet(tmp_path / "e" / "predictions.parquet")["score"]
-    assert np.isfinite(scores).all() and scores.nunique() > 0.9 * len(scores)
+    predictor = load_predictor(tmp_path)
+    assert predictor.info["data"]["images"] < predictor.members[0].backbone.dimension
+    scores = score_selection(predictor, select(common["store"], rows="val"))
+    assert np.isfinite(scores).all() and len(np.unique(scores)) == len(scores)
 
 
-def test_evaluate_says_one_class_and_another_scale(frozen, phantom_store, bare, tmp_path, carina):
-    given = {"store": str(phantom_store), "split": "val+test", "resamples": 100, "examples": 0}
-    for value, words in ((0, "0 positive"), (1, "0 negative")):
-        out = tmp_path / f"class-{value}"
-        result = evaluate(str(frozen), {**given, "where": f"label_abnormal == {value}", "out": str(out)}, quiet=True)
-        (row,) = result["table"]
-        assert row["auroc"]["value"] is None and row["ap"]["value"] is None and row["fpr95"] is None
-        assert row["note"].startswith("one class only") and words in row["note"]
-        assert "Nothing can be estimated: one class only" in (out / "report.html").read_text(encoding="utf-8")
-    words = [f"store={bare}", "split=all", "out=" + str(tmp_path / "e")]
-    again = tmp_path / "at64"
-    finetune("anomaly", {"store": str(phantom_store), "scale": 64, "threads": 1, "out": str(again)}, quiet=True)
-    assert "holds scale 32, not 64" in carina("evaluate", again, *words, code=2).stderr
+@pytest.mark.parametrize(("value", "words"), [(0, "0 positive"), (1, "0 negative")])
+def test_one_class_only_is_said(frozen, phantom_store, tmp_path, value, words):
+    given = {"store": str(phantom_store), "split": "val+test", "resamples": 100, "examples": 0, "controls": value == 0}
+    rows = {"where": f"label_abnormal == {value}", "out": str(tmp_path)}
+    (row,) = evaluate(str(frozen), {**given, **rows}, quiet=True)["table"]
+    assert row["auroc"]["value"] is None and row["ap"]["value"] is None and row["fpr95"] is None
+    assert row["note"].startswith("one class only") and words in row["note"]
+    assert "Nothing can be estimated: one class only" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_scorer_of_another_scale_is_refused(bare, phantom_store, tmp_path):
+    run = tmp_path / "run"
+    finetune("anomaly", {"store": str(bare), "scale": 48, "threads": 1, "out": str(run)}, quiet=True)
+    with pytest.raises(CarinaError, match="holds scale 32, 64, not 48; choose one of them or prepare"):
+        evaluate(str(run), {"store": str(phantom_store), "split": "test"}, quiet=True)
 
 
 # -- thresholds and selection that see no label -----------------------------------------------------------------------
 
 
-def oracle_aucp(normals, patients, pool, seed, folds):
-    """Ledoit-Wolf of scikit-learn, one fold left out at a time; the mean over folds of the AUROC against the pool."""
-    number, values = patient_folds(patients, folds, seed), []
-    for fold in range(folds):
-        fitted = LedoitWolf().fit(normals[number != fold])
-        inside, outside = (fitted.mahalanobis(part) for part in (normals[number == fold], pool))
-        target = np.repeat([0, 1], [len(inside), len(outside)])
-        values.append(roc_auc_score(target, np.concatenate([inside, outside])))
-    return np.mean(values)
+def oracle_aucp(normals, apart, pool):
+    """Ledoit-Wolf of scikit-learn on the normals that are trained on; AUROC of the pool against those kept apart."""
+    fitted = LedoitWolf().fit(normals[~apart])
+    inside, outside = (fitted.mahalanobis(part) for part in (normals[apart], pool))
+    return roc_auc_score(np.repeat([0, 1], [len(inside), len(outside)]), np.concatenate([inside, outside]))
 
 
 def test_aucp_is_its_definition_and_rises_with_the_true_auroc():
@@ -215,8 +218,9 @@ def test_aucp_is_its_definition_and_rises_with_the_true_auroc():
     for shift in (0.0, 0.5, 1.0, 2.0, 4.0):
         sick = random.normal(size=(60, 6)) + shift
         pool = np.concatenate([random.normal(size=(90, 6)), sick[:30]])
-        value = aucp([normals.astype(np.float32)], patients, [pool.astype(np.float32)], settings, 0, 5)
-        assert value == pytest.approx(oracle_aucp(normals, patients, pool, 0, 5), abs=2e-3)
+        apart = kept_from_training(patients, 0)
+        value = aucp(*([part.astype(np.float32)] for part in (normals[~apart], normals[apart], pool)), settings)
+        assert value == pytest.approx(oracle_aucp(normals, apart, pool), abs=2e-3)
         fitted, healthy = LedoitWolf().fit(normals), random.normal(size=(60, 6))
         new = fitted.mahalanobis(np.concatenate([healthy, sick]))
         found.append(value)
@@ -241,8 +245,9 @@ def test_the_chosen_checkpoint_has_the_greatest_aucp(chosen, phantom_store):
         for rows in (train, everything.split("val"))
     ]
     normals, pool = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in reads)
-    folds, patients = read_recipe("finetune", "anomaly")["cross_folds"], train.table["patient_id"].tolist()
-    assert oracle_aucp(normals, patients, pool, 0, folds) == pytest.approx(values[said["step"]], abs=0.02)
+    apart, patients = kept_from_training(train.table["patient_id"].tolist(), 0), train.table["patient_id"].to_numpy()
+    assert not set(patients[apart]) & set(patients[~apart]) and 0.1 < apart.mean() < 0.3
+    assert oracle_aucp(normals, apart, pool) == pytest.approx(values[said["step"]], abs=0.02)
     # labels of the pool are never read: the selection knows the prevalence that was stated, not the true one
     assert said["prevalence"] == 0.05 and said["images"] == len(pool)
     assert (chosen / "predictor-last" / "predictor.json").is_file()
@@ -260,14 +265,24 @@ def test_cross_fitting_leaves_the_whole_patient_out():
     one = random.normal(size=(40, 5)).astype(np.float32)
     read, patients = [np.repeat(one, 2, axis=0)], [f"p{i // 2}" for i in range(80)]
     settings = scorer_settings("knn", neighbors=1, normalize=False)
-    crossed, beside = cross_fitted_distances(read, patients, settings, 0, 4, read)
+    crossed = cross_fitted_distances(read, patients, settings, 0, 4)
     assert crossed.min() > 0.05 and (crossed[::2] == crossed[1::2]).all()
-    assert sum(rows.sum() for rows, _ in beside) == 80  # every normal in one fold
-    for rows, others in beside:
-        np.testing.assert_array_equal(others[rows], crossed[rows])
-        assert (others[~rows] < 1e-3).all()  # the rest was fitted
+    assert (distances(fit_scorer(read, settings), read) < 1e-3).all()
     with pytest.raises(CarinaError, match="at least two patients"):
         cross_fitted_distances(read, ["p"] * 80, settings, 0, 4)
+
+
+def test_cross_fitted_distances_are_those_of_new_normals():
+    """Distances of fitted images are too small in many dimensions; cross-fitted ones match new images."""
+    random, settings = np.random.default_rng(1), scorer_settings(normalize=False)
+    normals, fresh = ([random.normal(size=(count, 100)).astype(np.float32)] for count in (300, 2000))
+    scorer = fit_scorer(normals, settings)
+    crossed = cross_fitted_distances(normals, [str(i) for i in range(300)], settings, 0, 10)
+    false_alarms = {
+        name: (distances(scorer, fresh) > np.quantile(scores, 0.95)).mean()
+        for name, scores in (("fitted", distances(scorer, normals)), ("crossed", crossed))
+    }
+    assert 0.02 < false_alarms["crossed"] < 0.08 < 0.12 < false_alarms["fitted"]
 
 
 # -- contamination ----------------------------------------------------------------------------------------------------

@@ -6,10 +6,9 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from carina.errors import CarinaError
-from carina.finetune.anomaly import cross_fitted_distances
 from carina.finetune.classify import probe
 from carina.finetune.losses import masked_bce
-from carina.finetune.recipe import ProbeSettings, ScorerSettings
+from carina.finetune.recipe import ProbeSettings
 
 RNG = np.random.default_rng(1)
 X = RNG.normal(size=(400, 30)).astype(np.float32) * RNG.uniform(0.1, 5, 30).astype(np.float32) + 2
@@ -61,19 +60,3 @@ def test_the_strength_is_chosen_without_the_test_rows_and_noise_gets_a_small_one
 def test_one_class_is_said():
     with pytest.raises(CarinaError, match="one class only of 'a'"):
         probe(X, np.zeros((400, 1)), PATIENTS, ["a"], ProbeSettings(strengths=[1.0], folds=3), 0)
-
-
-def test_cross_fitted_distances_are_those_of_new_normals():
-    """Distances of fitted images are too small in many dimensions; cross-fitted ones match new images."""
-    from carina.finetune.anomaly import distances, fit_scorer
-
-    settings = ScorerSettings(name="gaussian", components=None, neighbors=5, normalize=False)
-    normals = RNG.normal(size=(150, 100)).astype(np.float32)
-    fresh = RNG.normal(size=(150, 100)).astype(np.float32)
-    scorer = fit_scorer(normals, settings)
-    crossed = cross_fitted_distances(normals, [str(i) for i in range(150)], settings, 0)
-    false_alarms = {
-        name: (distances(scorer, fresh) > np.quantile(scores, 0.95)).mean()
-        for name, scores in (("fitted", distances(scorer, normals)), ("crossed", crossed))
-    }
-    assert false_alarms["crossed"] < 0.12 < false_alarms["fitted"]

@@ -511,6 +511,73 @@ def test_padchest_lists_are_parsed_without_running_them(tmp_path):
     assert np.isnan(list(d.labels.values())).all() and view_of(d.view) == ("", None)
 
 
+# Splits on which anomaly detection is compared
+
+
+def told(items):
+    """(split, abnormal) by the name of the file."""
+    return {Path(item.path).name: (item.split, item.labels["abnormal"]) for item in items}
+
+
+@pytest.mark.parametrize("below", ["", "img/"])
+def test_bmad_is_read_from_its_folders(tmp_path, below):
+    for place in ("train/good/a", "valid/good/b", "valid/Ungood/c", "test/good/d", "test/Ungood/e"):
+        folder, name = place.rsplit("/", 1)
+        write_png(tmp_path / "RSNA" / folder / below / f"{name}.png")
+    write_png(tmp_path / "RSNA" / "test" / "Ungood" / "label" / "e.png")  # masks of lesions, in BMAD's other archives
+    items = find_items(f"bmad_rsna:{tmp_path}", recipe())
+    want = {"a": ("train", 0), "b": ("val", 0), "c": ("val", 1), "d": ("test", 0), "e": ("test", 1)}
+    assert told(items) == {f"{name}.png": value for name, value in want.items()}
+    assert {item.labels["No_Finding"] for item in items if item.split == "test"} == {0, 1}
+    inside = find_items(f"bmad_rsna:{tmp_path / 'RSNA'}", recipe())
+    assert [item.relative for item in inside] == [item.relative for item in items], "whichever folder is given"
+
+
+def test_squids_chexpert_is_read_from_its_folders(tmp_path):
+    for place in ("train_256_pa/normal_256/a", "val_256_pa/abnormal_256/b", "our_test_256_pa/normal_256/c"):
+        write_png(tmp_path / f"{place}.png")
+    write_png(tmp_path / "our_test_256_pa" / "abnormal_256" / "d.jpg")
+    found = told(find_items(f"squid_chexpert:{tmp_path}", recipe()))
+    assert found == {"a.png": ("train", 0), "b.png": ("val", 1), "c.png": ("test", 0), "d.jpg": ("test", 1)}
+    with pytest.raises(CarinaError, match=r"no pictures in folders of the form train/good and train/ungood; give"):
+        find_items(f"bmad_rsna:{tmp_path}", recipe())
+
+
+@pytest.mark.parametrize("name", ["medianomaly_rsna", "medianomaly_vindr"])
+def test_medianomaly_is_read_from_its_list(tmp_path, name):
+    lists = {
+        "train": {"0": ["a.png", "b.png"], "unlabeled": {"0": ["c.png"], "1": ["d.png"]}},
+        "test": {"0": ["e.png"], "1": ["f.png"]},
+    }
+    for one in "abcdefg":  # g is in no list
+        write_png(tmp_path / "images" / f"{one}.png")
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(lists))
+    want = {"a": ("train", 0), "b": ("train", 0), "c": ("val", 0), "d": ("val", 1), "e": ("test", 0), "f": ("test", 1)}
+    assert told(find_items(f"{name}:{tmp_path}", recipe())) == {f"{one}.png": value for one, value in want.items()}
+    del lists["train"]["unlabeled"]
+    path.write_text(json.dumps(lists))
+    assert len(find_items(f"{name}:{tmp_path}", recipe())) == 4
+    for wrong in ([], {"train": ["a.png"], "test": {}}, {"train": {"0": ["a.png"]}}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(CarinaError, match="not a list of train and test by class; download it again"):
+            find_items(f"{name}:{tmp_path}", recipe())
+    path.unlink()
+    with pytest.raises(CarinaError, match=rf"has no data.json, the list of {name}; put it there"):
+        find_items(f"{name}:{tmp_path}", recipe())
+
+
+def test_zhanglab_is_every_picture_of_kermanys_folders(tmp_path):
+    """Train and val of the catalog together are the training folder, with what some copies keep in val."""
+    for split, number in (("train", 30), ("val", 4), ("test", 6)):
+        for i in range(number):
+            place = tmp_path / split / "NORMAL" / f"IM-{i + 100 * len(split):04d}-0001.jpeg"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.touch()
+    items = find_items(f"kermany:{tmp_path}", recipe())
+    assert sum(item.split in ("train", "val") for item in items) == 34 and sum(i.split == "test" for i in items) == 6
+
+
 # Real names
 
 
@@ -546,9 +613,11 @@ def test_every_catalog_says_where_it_comes_from_and_what_is_allowed():
         assert {terms["redistribution"], terms["derived_weights"]} <= {"yes", "no", "ask"}
         assert all(terms[key] for key in ("license", "url", "clause", "citation")) and said["homepage"]
         assert said["official_split"] == bool(catalog.split) and catalog.layout
-    assert {name for name, c in CATALOGS.items() if "nih14" in c.lineage} == {"rsna", "siim"}
-    assert CATALOGS["cxrlt"].lineage == ("mimic",)
-    assert {n for n, c in CATALOGS.items() if c.terms.credentialed} == {"mimic", "cxrlt", "vindr"}
+    of_nih = {"rsna", "siim", "bmad_rsna", "medianomaly_rsna"}
+    assert {name for name, c in CATALOGS.items() if "nih14" in c.lineage} == of_nih
+    assert CATALOGS["cxrlt"].lineage == ("mimic",) and CATALOGS["squid_chexpert"].lineage == ("chexpert",)
+    credentialed = {"mimic", "cxrlt", "vindr", "medianomaly_vindr"}
+    assert {n for n, c in CATALOGS.items() if c.terms.credentialed} == credentialed
 
 
 def test_provenance_of_what_is_no_catalog_is_unknown():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from carina.draws import hash64, permutation
 from carina.models.scorers.base import Read, Scorer, ScorerSettings, check_read
+from carina.models.scorers.places import finest, stacked
 
 PATCHES = 30_000  # drawn among all before the coreset is chosen, so that thousands of images fit
 PROJECTED = 128  # dimensions in which the coreset is chosen
@@ -45,7 +46,7 @@ class PatchCore(Scorer):
     def patches(self, read: list[torch.Tensor]) -> torch.Tensor:
         """(B, h, w, D)."""
         self.expect(read, [tuple(shape) for shape in self.shapes.tolist()])
-        maps = stacked(read, finest(self.shapes))
+        maps = stacked(read, self.shapes)
         return self.scaled(F.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)).permute(0, 2, 3, 1)
 
     def nearest(self, patches: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,20 +75,6 @@ class PatchCore(Scorer):
         return score * (1 - torch.softmax((patch[:, None] - near).norm(dim=2), dim=1)[:, 0])
 
 
-def finest(shapes: torch.Tensor) -> tuple[int, int]:
-    """(h, w) of the finest of the maps' shapes (sizes, 3)."""
-    return tuple(shapes[:, 1:].amax(dim=0).tolist())
-
-
-def stacked(read: list[torch.Tensor], side: tuple[int, int]) -> torch.Tensor:
-    """Maps (B, D, h, w) of several sizes as one, resized to `side`."""
-    same = [
-        part if part.shape[2:] == side else F.interpolate(part, side, mode="bilinear", align_corners=False)
-        for part in read
-    ]
-    return torch.cat(same, dim=1) if len(same) > 1 else same[0]
-
-
 def greedy_coreset(values: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """Numbers (count,) of rows (N, D), each the farthest from those before it (Gonzalez 1985), the first one drawn.
 
@@ -103,7 +90,7 @@ def greedy_coreset(values: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     latest = hash64("coreset", seed) % len(values)
     for number in range(count):
         kept[number] = latest
-        nearest = torch.minimum(nearest, lengths + lengths[latest] - 2 * values @ values[latest])
+        nearest = torch.minimum(nearest, lengths + lengths[latest] - values @ (2 * values[latest]))
         nearest[latest] = -torch.inf
         latest = int(nearest.argmax())
     return kept

@@ -1,0 +1,71 @@
+"""The arm "AnatPaste as published" of the Kermany tables: the pasting of the paper's description, with its own lung masks,
+in carina's loop, beside the same backbone, schedule and head as our arm.
+
+    python benchmarks/published_arm.py store=STORE out=RUN [arm=imagenet_anatpaste] [protocol=kermany_patients] [seed=0]
+
+The run is then given to the protocol: carina finetune protocol kermany_patients backbones.anatpaste_published=RUN ...
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from common import script
+from published_anatpaste import SIDE, published, published_mask
+
+from carina.data.batches import Batch
+from carina.finetune import anomaly
+from carina.finetune.protocol_plan import ProtocolRecipe
+from carina.finetune.run import finetune
+from carina.models.backbones import resize_images
+from carina.recipes import Section, build, merge
+
+DEFAULTS = {"arm": "imagenet_anatpaste", "protocol": "kermany_patients", "seed": 0}
+
+
+class Arguments(Section):
+    store: str
+    out: str
+    arm: str
+    protocol: str
+    seed: int
+
+
+class PublishedPasting(anomaly.Pasting):
+    """The task of carina finetune with the views of the published algorithm; masks are found once an image."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.masks: dict[int, np.ndarray] = {}
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        wholes, pasted = [], []
+        seeds = batch.draws.part("published").integers("seed", 0, 2**31)
+        for code, seed, image in zip(batch.draws.codes, seeds, resize_images(batch.images, SIDE)[:, 0].numpy()):
+            if int(code) not in self.masks:
+                self.masks[int(code)] = published_mask(image)
+            # one seed for both, so that a pair shares its jitter
+            for mask, views in ((np.zeros_like(image, dtype=bool), wholes), (self.masks[int(code)], pasted)):
+                views.append(published(image, np.random.default_rng(int(seed)), mask)[0])
+        size = self.backbone.spec.size
+        views = [resize_images(torch.from_numpy(np.stack(part))[:, None], size) for part in (wholes, pasted)]
+        return self.task.loss(self.backbone, {"views": views, "maps": []})
+
+
+def work(arguments: Arguments) -> None:
+    protocol = build("protocol", ProtocolRecipe, arguments.protocol)
+    given = merge(protocol.recipe, protocol.arms[arguments.arm].recipe or {})
+    given |= {"backbone": protocol.arms[arguments.arm].backbone, "mode": "full", "select": "last", "keep_every": None}
+    anomaly.Pasting = PublishedPasting
+    print(finetune("anomaly", given | {"store": arguments.store, "out": arguments.out, "seed": arguments.seed}))
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    return script(words, "published_arm", __doc__, Arguments, DEFAULTS, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
