@@ -8,50 +8,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from carina.data.batches import in_order
+from carina.data.batches import control_chunks, with_lungs
 from carina.data.labels import ABNORMAL, to_targets
 from carina.data.splits import linked_patients, stable_folds
 from carina.data.store import Selection, select
-from carina.evaluate.explain import map_span
 from carina.metrics.intervals import interval
 from carina.metrics.localization import box_masks, localization
-from carina.metrics.ranking import roc_curve
+from carina.metrics.ranking import false_positive_rate
 from carina.metrics.resampling import replicate
-from carina.models.controls import CHUNK, Rows, control_rows, controls, describe
-from carina.models.predictor import Member, Predictor
+from carina.models.controls import Rows, control_rows, control_scale, controls, describe
+from carina.models.predictor import Member, Predictor, map_span
 from carina.progress import Progress
 from carina.training.engine import pick_device
 
-SENSITIVITY = 0.95
-CONTROL_SCALE = 128  # the smallest scale from here on is what control rows see: they do not gain from more
 SPAN_IMAGES = 64  # normal images that say between which values maps are drawn
 
-BELOW_CHANCE = (
-    "abnormal images lie nearer to the training normals than other normals do, so this distance measures something else "
-    "than disease; turning its sign would use the labels"
-)
 
-
-def member_batches(
-    member: Member, selection: Selection, device: torch.device
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
-    """All rows in order: (slice, images (B, 1, S, S), lungs (B, 1, S, S) bool where the member's region needs them)."""
-    if member.region != "whole":
-        selection.check_lungs()
-    for rows, images in in_order(selection, member.scale, device):
-        lungs = None
-        if member.region != "whole":
-            lungs = torch.from_numpy(selection.masks(range(rows.start, rows.stop), member.scale))[:, None].to(device)
-        yield rows, images, lungs
-
-
-def false_positive_rate(target: np.ndarray, score: np.ndarray) -> float | None:
-    """The share of normal images at or above the threshold that finds 95 % of the abnormal ones; None for one class."""
-    known = ~np.isnan(target)
-    if len(np.unique(target[known])) < 2:
-        return None
-    false, true, _ = roc_curve(target, score)
-    return float(false[np.searchsorted(true, SENSITIVITY)])
+def number(value: float) -> float | None:
+    return None if np.isnan(value) else value
 
 
 def below_chance(auroc: dict[str, Any]) -> bool:
@@ -76,23 +50,18 @@ def training_normals(predictor: Predictor, store: str | list[str]) -> Selection 
         number = stable_folds(linked_patients(whole.table).tolist(), info["folds"], info["draw"])
         rows = whole.where(number != info["fold"])
     else:
-        rows = whole.split(info["rows"])
+        rows = whole.split(*info["rows"].split("+"))
     return rows.where(to_targets(rows.targets([ABNORMAL]))[:, 0] == 0)
 
 
 def _features(selection: Selection, scale: int, rows: list, quiet: bool) -> dict[str, np.ndarray]:
-    masked = bool((selection.table["lungs_source"] != "none").any())
-    sizes = selection.table[["height", "width"]].to_numpy()
-
-    def chunks(progress: Progress) -> Iterator[Rows]:
-        for start in range(0, len(selection), CHUNK):
-            where = range(start, min(start + CHUNK, len(selection)))
-            lungs = selection.masks(where, scale) if masked else None
-            yield Rows(selection.images(where, scale), lungs, sizes[where.start : where.stop])
-            progress.advance(len(where))
+    def told(progress: Progress) -> Iterator[Rows]:
+        for chunk in control_chunks(selection, scale):
+            yield chunk
+            progress.advance(len(chunk.images))
 
     with Progress("control rows", len(selection), unit="images", quiet=quiet) as progress:
-        return describe(chunks(progress), rows)
+        return describe(told(progress), rows)
 
 
 def measured_controls(
@@ -109,8 +78,7 @@ def measured_controls(
         normals = training_normals(predictor, store)
         if isinstance(normals, str):
             return [], normals
-        shared = sorted(set.intersection(*(set(one.scales) for one in selection.stores)))
-        scale = next((scale for scale in shared if scale >= CONTROL_SCALE), shared[-1])
+        scale = control_scale(set.intersection(*(set(one.scales) for one in selection.stores)))
         rows = controls(scale, predictor.info["seed"])
         found = control_rows(rows, *(_features(part, scale, rows, quiet) for part in (normals, selection)))
         for row in found:
@@ -132,7 +100,7 @@ def _control_entry(row, values, target, patients, resamples: int, seed: int) -> 
         key: interval(replicate(target[:, None], score[None, :, None], patients, name, resamples, seed), 0).to_dict()
         for key, name in (("auroc", "auroc"), ("ap", "average_precision"))
     }
-    return {**entry, **figures, "fpr95": false_positive_rate(target, score)}
+    return {**entry, **figures, "fpr95": number(false_positive_rate(target, score))}
 
 
 # -- where the maps point -----------------------------------------------------------------------------------------------
@@ -165,7 +133,7 @@ def anomaly_maps(member: Member, selection: Selection, quiet: bool = True) -> np
     member.to(device)
     result = np.empty((len(selection), member.scale, member.scale), dtype=np.float32)
     with Progress("maps", len(selection), unit="images", quiet=quiet) as progress:
-        for rows, images, lungs in member_batches(member, selection, device):
+        for rows, images, lungs in with_lungs(selection, member.scale, device, member.region != "whole"):
             result[rows] = member.maps(images, lungs).float().cpu().numpy()
             progress.advance(len(images))
     return result

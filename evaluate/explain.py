@@ -13,9 +13,7 @@ from torch import nn
 from carina.errors import CarinaError
 from carina.models.backbones import resize_images
 from carina.models.features import only, sized, stages
-from carina.models.predictor import Member
-
-DARK, BRIGHT = 0.95, 0.999  # shares of the pixels of normal images' maps between which their values are drawn
+from carina.models.predictor import Member, map_span
 
 
 class _Tapped(nn.Module):
@@ -61,16 +59,6 @@ def _through(tap: nn.Module, features: torch.Tensor, network: nn.Module) -> torc
     if str(getattr(network, "output_fmt", "NCHW")).upper().endswith("NHWC"):
         return tap(features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return tap(features)
-
-
-def map_span(maps: np.ndarray) -> tuple[float, float]:
-    """Between which values anomaly maps are drawn, black to full, from those of normal images (N, H, W).
-
-    Black is what 95 of 100 pixels of normal images stay below. Full lies twice as far above it as what only one in 1,000
-    exceeds, so that normal images stay dark and a map is bright only where it goes beyond what normal ones show.
-    """
-    dark, bright = (float(value) for value in np.quantile(maps, (DARK, BRIGHT)))
-    return dark, dark + max(2 * (bright - dark), 1e-6 * max(abs(dark), 1.0))
 
 
 def heat_maps(

@@ -16,7 +16,7 @@ import torch
 from carina.data.batches import in_order
 from carina.data.store import Selection, select
 from carina.errors import CarinaError
-from carina.evaluate.explain import heat_maps, map_span
+from carina.evaluate.explain import heat_maps
 from carina.files import atomic_path, write_table
 from carina.imaging.dicom import Unreadable, list_files, read_radiograph
 from carina.imaging.frames import make_frames
@@ -24,7 +24,7 @@ from carina.imaging.geometry import Geometry, resize_mask
 from carina.imaging.photometry import Photometry
 from carina.isolation import isolated
 from carina.models.backbones import Backbone, load_backbone
-from carina.models.predictor import load_predictor
+from carina.models.predictor import load_predictor, map_span
 from carina.progress import Progress
 from carina.recipes import Section, parse_overrides, validate
 from carina.training.engine import pick_device

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from pydantic import Field
 
+from carina.data.batches import with_lungs
 from carina.data.labels import to_targets
 from carina.data.manifest import find_manifest, overlap
 from carina.data.splits import linked_patients, stable_folds
@@ -21,6 +22,7 @@ from carina.evaluate.report import build_report
 from carina.evaluate.report.content import report_content
 from carina.files import read_json, write_json, write_table
 from carina.metrics.intervals import interval
+from carina.metrics.ranking import BELOW_CHANCE, false_positive_rate
 from carina.metrics.resampling import replicate
 from carina.models.predictor import Predictor, load_predictor
 from carina.progress import Progress
@@ -60,7 +62,7 @@ def score_selection(predictor: Predictor, selection: Selection, quiet: bool = Tr
         for number, member in enumerate(predictor.members):
             member.to(device)
             weights = np.array([predictor.info["stack"][label][number] for label in predictor.labels])
-            for rows, images, lungs in anomaly.member_batches(member, selection, device):
+            for rows, images, lungs in with_lungs(selection, member.scale, device, member.region != "whole"):
                 result[rows] += member.scores(images, lungs).double().cpu().numpy() * weights
                 progress.advance(len(images))
     return result
@@ -147,7 +149,7 @@ def metric_table(frame: pd.DataFrame, labels: Sequence[str], thresholds: dict[st
             entry["sensitivity"] = float(above[sick].mean()) if sick.any() else None
             entry["specificity"] = float((~above[~sick]).mean()) if (~sick).any() else None
         if column is not None:
-            entry["fpr95"] = anomaly.false_positive_rate(part[:, 0], scores[:, column])
+            entry["fpr95"] = anomaly.number(false_positive_rate(part[:, 0], scores[:, column]))
         return entry
 
     rows = [row(label, column) for column, label in enumerate(labels)]
@@ -263,7 +265,7 @@ def _beyond(done: list[tuple], table: list[dict], recipe: EvaluateRecipe, quiet:
     low = ["this predictor"] if anomaly.below_chance(table[0]["auroc"]) else []
     low += [row["control"] for row in controls if not row["missing"] and anomaly.below_chance(row["auroc"])]
     if low:
-        words.append(f"Below chance ({', '.join(dict.fromkeys(low))}): {anomaly.BELOW_CHANCE}.")
+        words.append(f"Below chance ({', '.join(dict.fromkeys(low))}): {BELOW_CHANCE}.")
     found = None
     if len(done) == 1:  # maps of several fits have no common unit
         found = anomaly.measured_maps(predictor, selection, recipe.resamples, recipe.seed, quiet)

@@ -122,6 +122,14 @@ def member_distances(member: Member, selection: Selection, device: torch.device)
     return np.concatenate(values) if values else np.empty(0)
 
 
+@torch.no_grad()
+def member_maps(member: Member, selection: Selection, device: torch.device) -> np.ndarray:
+    """(N, S, S) float32 anomaly maps of a member whose scorer knows positions."""
+    member = member.to(device).eval()
+    images = (images for _, images in region_images(selection, member.scale, member.region, device))
+    return np.concatenate([member.region_maps(part).float().cpu().numpy() for part in images])
+
+
 # -- honest thresholds and selection ------------------------------------------------------------------------------------
 
 
@@ -224,7 +232,9 @@ def check(recipe: FinetuneRecipe) -> None:
     if recipe.select == "aucp" and not recipe.pool_rows:
         raise CarinaError("select=aucp needs unlabelled rows apart from training and test; give pool_rows=SPLIT")
     if "test" in (recipe.pool_rows if recipe.select == "aucp" else recipe.threshold_rows or "").split("+"):
-        raise CarinaError(f"select={recipe.select} on split=test would let the test choose what it judges; name other rows")
+        raise CarinaError(
+            f"select={recipe.select} on split=test would let the test choose what it judges; name other rows"
+        )
     if recipe.select == "validation" and not recipe.threshold_rows:
         raise CarinaError("select=validation needs labelled validation rows; give threshold_rows=SPLIT")
 

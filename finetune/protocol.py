@@ -32,7 +32,7 @@ from carina.finetune.recipe import FinetuneRecipe
 from carina.finetune.run import finetune, scale_and_size
 from carina.models.backbones import backbone_record, load_backbone, pretext_saw
 from carina.models.checkpoints import load_tensors
-from carina.models.controls import Control, control_rows, controls, describe
+from carina.models.controls import Control, control_rows, control_scale, controls, describe
 from carina.models.pasting import PastingTask
 from carina.models.predictor import Member, load_predictor
 from carina.models.scorers import SCORERS, Read, ScorerSettings
@@ -42,7 +42,6 @@ from carina.runs import Run, environment
 from carina.training.engine import pick_device
 
 MANY = 5000  # images above which the control rows are described one after the other, so that their features fit
-CONTROL_SCALE = 128  # the smallest scale from here on is what control rows see
 # what may differ between what was made and what is asked now, because it cannot change the result
 FREE = ("out", "store", "threads", "precision", "workers", "wandb", "checkpoint_every", "keep_checkpoints")
 
@@ -254,8 +253,7 @@ class Bench:
     # -- control rows -----------------------------------------------------------------------------------------------
 
     def _control_scale(self, name: str) -> int:
-        scales = sorted(set.intersection(*(set(store.scales) for store in select(self.plan.stores[name]).stores)))
-        return next((scale for scale in scales if scale >= CONTROL_SCALE), scales[-1])
+        return control_scale(set.intersection(*(set(s.scales) for s in select(self.plan.stores[name]).stores)))
 
     def _controls(self, name: str, scale: int, every: list[Control], log: Run) -> None:
         """Write the control rows of a set that are not there yet."""

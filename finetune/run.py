@@ -15,6 +15,7 @@ from carina.data.labels import ABNORMAL, to_targets
 from carina.data.manifest import seen_rows, write_manifest
 from carina.data.splits import linked_patients, patient_subset, stable_folds
 from carina.data.store import Selection, select
+from carina.draws import permutation
 from carina.errors import CarinaError
 from carina.files import write_json
 from carina.finetune import anomaly
@@ -23,13 +24,15 @@ from carina.finetune.recipe import FinetuneRecipe
 from carina.metrics.ranking import auroc, youden
 from carina.models.backbones import EXTERNAL, Backbone, backbone_record, load_backbone, pretext_saw
 from carina.models.hub import predictor_card
-from carina.models.predictor import Member, Predictor, save_predictor
+from carina.models.predictor import Member, Predictor, map_span, save_predictor
 from carina.models.scorers import SCORERS, Read, ScorerSettings
 from carina.progress import Progress
 from carina.recipes import build
 from carina.runs import Run
 from carina.training.engine import Engine, pick_device, resolved
 from carina.training.forecast import forecast
+
+SPAN_IMAGES = 64
 
 
 def recipe_model(name: str) -> type[FinetuneRecipe]:
@@ -359,6 +362,10 @@ class _Work:
             scores = anomaly.cross_fitted_distances(normals, patients, settings, recipe.seed, recipe.cross_folds)
             source = "cross-fitted training normals"
         threshold = float(np.quantile(scores, 1 - recipe.false_positive_rate))
+        if scorer.positions:  # between which values maps are drawn
+            normal = self.held_out or self.selection
+            some = normal.where(permutation(len(normal), "map span")[:SPAN_IMAGES])
+            extra["map_span"] = map_span(anomaly.member_maps(member, some, self.device))
         return member, {
             **extra,
             "thresholds": {ABNORMAL: threshold},

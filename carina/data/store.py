@@ -267,8 +267,8 @@ class Selection:
         without = int((self.table["lungs_source"] == "none").sum())
         if without:
             raise CarinaError(
-                f"pasting needs lung masks, and {without} of {len(self)} rows have none; prepare the store again with "
-                "lungs=true or mask=COLUMN"
+                f"pasting and regions need lung masks, and {without} of {len(self)} rows have none; prepare the store again "
+                "with lungs=true or mask=COLUMN"
             )
 
     def _by_store(self, rows: Sequence[int]) -> Iterable[tuple[int, np.ndarray, np.ndarray]]:

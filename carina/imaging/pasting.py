@@ -102,10 +102,13 @@ def _row_counts(masks: torch.Tensor) -> torch.Tensor:
     return eights.view(torch.uint8).view(-1, side, 8).sum(dim=2, dtype=torch.int32)
 
 
-def lung_points(masks: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
-    """A uniformly drawn pixel of each mask (B, 1, S, S) bool -> (row (B,), column (B,)); the center of an empty one."""
+def lung_points(
+    masks: torch.Tensor, draws: Draws, counts: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A uniformly drawn pixel of each mask (B, 1, S, S) bool -> (row (B,), column (B,)); the center of an empty one.
+    counts: what _row_counts gives, where it is known already."""
     height, width = masks.shape[-2:]
-    ends = _row_counts(masks).cumsum(dim=1)
+    ends = (_row_counts(masks) if counts is None else counts).cumsum(dim=1)
     total = ends[:, -1]
     unit = torch.from_numpy(draws.uniform("lung point").astype(np.float64)).to(masks.device)
     rank = torch.minimum((unit * total).floor().to(torch.int64), (total - 1).clamp(min=0))[:, None]
@@ -117,15 +120,14 @@ def lung_points(masks: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.
     return torch.where(empty, height // 2, row[:, 0]), torch.where(empty, width // 2, column[:, 0])
 
 
-def _bounds(masks: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and last row (axis 0) or column (axis 1) of each mask (B, 1, S, S) bool; the whole image for an empty one."""
-    there = _row_counts(masks) > 0 if axis == 0 else masks[:, 0].view(torch.uint8).amax(dim=1)
-    there = there.view(torch.uint8)
-    return there.argmax(dim=1), there.shape[1] - 1 - there.flip(1).argmax(dim=1)
+def _box(masks: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last row and column, (B, 2) each, of masks (B, 1, S, S) bool; the whole image for an empty one."""
+    there = torch.stack([(counts > 0).view(torch.uint8), masks[:, 0].view(torch.uint8).amax(dim=1)], dim=1)
+    return there.argmax(dim=2), there.shape[2] - 1 - there.flip(2).argmax(dim=2)
 
 
 def _within(unit: np.ndarray, size: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Centers of intervals of `size` (B,) that lie inside [first, last]; the middle where they do not fit."""
+    """Centers of intervals of `size` (B, 2) that lie inside [first, last]; the middle where they do not fit."""
     room = last - first + 1 - size
     start = torch.from_numpy(unit.astype(np.float64)).to(size.device) * (room.clamp(min=0) + 1)
     center = first + start.floor().minimum(room.clamp(min=0)) + torch.where(room < 0, room // 2, 0)
@@ -175,20 +177,22 @@ def anatpaste(images: torch.Tensor, masks: torch.Tensor, draws: Draws) -> tuple[
     slope = brightness * _between(contrast, *NEAR_ONE)
     given = [values.astype(np.float32) for values in (profile, window, kernel, slope, brightness - slope)]
 
-    target = torch.stack(lung_points(masks, draws), dim=1)
+    counts = _row_counts(masks)
+    target = torch.stack(lung_points(masks, draws, counts), dim=1)
     sizes, far = (torch.from_numpy(values.astype(np.int64)).to(device) for values in (size, reaches))
-    source = torch.stack([_within(unit[axis], sizes[:, axis], *_bounds(masks, axis)) for axis in (0, 1)], dim=1)
+    source = _within(np.stack(unit, axis=1), sizes, *_box(masks, counts))
     source = torch.minimum(torch.maximum(source, far), side - 1 - far)  # the widest window takes 0.91 of the side
-    images, lungs = images.contiguous(), _faded(masks)
-    pasted, alphas = torch.stack([images, torch.zeros_like(images[:1]).expand_as(images)])
+    images, masks = images.contiguous(), masks.contiguous()
+    pasted, alphas = torch.empty(2, *images.shape, device=device)
+    pasted.copy_(images), alphas.zero_()
     paste = _paste_each if device.type == "cpu" else _paste_all
-    paste(images, lungs, pasted, alphas, source, target, halves, reaches, step, given)
+    paste(images, masks, pasted, alphas, source, target, halves, reaches, step, given)
     return pasted, alphas
 
 
 def _paste_each(
     images: torch.Tensor,
-    lungs: torch.Tensor,
+    masks: torch.Tensor,
     pasted: torch.Tensor,
     alphas: torch.Tensor,
     source: torch.Tensor,
@@ -200,8 +204,9 @@ def _paste_each(
 ) -> None:
     """Paste into `pasted` and `alphas`, one image after the other, in slices no larger than it needs: on a CPU this stays in
     the innermost cache, and takes a third of the time of `_paste_all`."""
-    side, weight = images.shape[-1], np.float32(2 / _span(images.shape[-1]) ** 2)
-    own, lungs, pasted, alphas = (values.numpy()[:, 0] for values in (images, lungs, pasted, alphas))
+    side, span = images.shape[-1], _span(images.shape[-1])
+    padded, masks = _padded(masks, span), masks.view(torch.uint8)
+    own, padded, masks, pasted, alphas = (v.numpy()[:, 0] for v in (images, padded, masks, pasted, alphas))
     middle, most = given[1].shape[2] // 2, given[0].shape[2] // 2
     for row, (reads, writes, near, far) in enumerate(
         zip(source.tolist(), target.tolist(), halves.tolist(), reaches.tolist())
@@ -217,15 +222,17 @@ def _paste_each(
             strides = kernel.itemsize, kernel.itemsize * step
             blur = np.ndarray((last - first + 1, 2 * near[axis] + 1), np.float32, kernel[start:], 0, strides)
             blurs.append(blur * window[axis, middle + first : middle + last + 1, None])
+        around = (row, *(slice(part.start, part.stop + span - 1) for part in at))
         at, origin = (row, *at), (row, *origin)
-        alpha, change = _compose(own[at], own[origin], lungs[at] * weight, profiles, blurs, slope, offset)
+        lungs = _sums(padded[around], span) * (masks[at] * np.float32(2 / span**2))
+        alpha, change = _compose(own[at], own[origin], lungs, profiles, blurs, slope, offset)
         pasted[at] += change
         alphas[at] = alpha
 
 
 def _paste_all(
     images: torch.Tensor,
-    lungs: torch.Tensor,
+    masks: torch.Tensor,
     pasted: torch.Tensor,
     alphas: torch.Tensor,
     source: torch.Tensor,
@@ -250,10 +257,11 @@ def _paste_all(
         profiles.append(profile[:, axis].narrow(1, profile.shape[2] // 2 - inner // 2, inner))
     rows, half = torch.arange(batch, device=device), torch.tensor([height // 2, width // 2], device=device)
     writes, reads = (_places(rows, middle - half, height, width, side) for middle in (target, source))
-    weighted = _read(lungs, writes) * (2 / _span(side) ** 2)
+    span = _span(side)
+    lungs = _read(_sums(_padded(masks, span), span) * masks, writes) * (2 / span**2)
     columns = slope[:, None, None], offset[:, None, None]
     with torch.autocast(device.type, enabled=False):
-        alpha, change = _compose(_read(images, writes), _read(images, reads), weighted, profiles, blurs, *columns)
+        alpha, change = _compose(_read(images, writes), _read(images, reads), lungs, profiles, blurs, *columns)
     # added, because the windows' parts beyond the image, of no change, stand for pixels at its border
     pasted.view(-1).scatter_add_(0, writes.view(-1), change.view(-1))
     alphas.view(-1).scatter_add_(0, writes.view(-1), alpha.view(-1))
@@ -276,25 +284,24 @@ def _compose(here, patch, lungs, profiles, blurs, slope, offset):
 
 
 def _span(side: int) -> int:
-    """A power of two near FADE on both sides of a pixel."""
+    """Side in pixels, a power of two, of the square around a pixel that must be lung for the paste not to fade there."""
     return 2 ** max(1, round(math.log2(2 * FADE * side)))
 
 
-def _faded(masks: torch.Tensor) -> torch.Tensor:
-    """(B, 1, S, S) of masks: 0 outside, inside how many pixels of the square of _span around each are lung: half of them at
-    a straight edge, all of them from FADE inside."""
-    side = masks.shape[-1]
-    span = _span(side)
-    result = torch.empty(masks.shape, dtype=torch.uint8 if span < 16 else torch.int16, device=masks.device)
-    for lungs, out in zip(masks.split(8), result.split(8)):
-        lungs = lungs.to(result.dtype)
-        width = side + span  # rows stand one after the other, so that a step down is a step of one width
-        share = F.pad(lungs, (span // 2, span // 2, span // 2, span // 2)).view(-1)
-        for step in (unit * 2**power for unit in (1, width) for power in range(span.bit_length() - 1)):
-            share = share[:-step] + share[step:]  # sums of 2, 4, 8, ... neighbors
-        share = share.as_strided((len(lungs), 1, side, side), (width * width, 0, width, 1))
-        torch.mul(share, lungs, out=out)
-    return result
+def _padded(masks: torch.Tensor, span: int) -> torch.Tensor:
+    """Masks (B, 1, S, S) as numbers that hold sums over a square, with what lies beyond the image: no lung."""
+    numbers = masks.view(torch.uint8).to(torch.uint8 if span < 16 else torch.int16)
+    return F.pad(numbers, (span // 2, span // 2 - 1, span // 2, span // 2 - 1))
+
+
+def _sums(numbers, span: int):
+    """Over squares of span x span: (..., h + span - 1, w + span - 1) of NumPy or torch -> (..., h, w)."""
+    step = 1
+    while step < span:
+        numbers = numbers[..., :-step, :] + numbers[..., step:, :]
+        numbers = numbers[..., :-step] + numbers[..., step:]
+        step *= 2
+    return numbers
 
 
 # -- CutPaste -----------------------------------------------------------------------------------------------------------
@@ -433,7 +440,7 @@ def blend_foreign(
             first, last = torch.zeros_like(sizes), torch.full_like(sizes, side)
             lungs = None if masks is None else masks[at]
             if lungs is not None:  # the other's lungs are taken to lie where its own do
-                first, last = (torch.stack(ends, dim=1) for ends in zip(*(_bounds(lungs, axis) for axis in (0, 1))))
+                first, last = _box(lungs, _row_counts(lungs))
                 last = last + 1
             target = torch.stack(_centers(lungs, images, part), dim=1)
             starts = torch.maximum(torch.minimum(target - sizes // 2, last - sizes), first)

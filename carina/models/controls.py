@@ -29,6 +29,7 @@ PIXEL_SIDE = 32
 RING_SIDE, RING_WIDTH = 40, 4  # the outermost 10 % of the side
 PERCENTILES = (5, 25, 50, 75, 95)
 LARGEST = 224  # side at which images enter a random network, at most: its controls need no more
+SCALE = 128  # the smallest scale of a store from here on is what control rows see: they do not gain from more
 LUNGS_ONLY, BACKGROUND_ONLY = "HOG, lungs only", "HOG, background only"
 
 
@@ -50,6 +51,11 @@ class Rows:
     def outlines(self) -> np.ndarray:
         """(B, 128, 128) float32, 1 in the lungs and 0 outside."""
         return (resized(self.lungs, HOG_SIDE) >= 0.5).astype(np.float32)
+
+
+def control_scale(scales: Iterable[int]) -> int:
+    """The scale of a store that control rows see."""
+    return min((scale for scale in scales if scale >= SCALE), default=max(scales))
 
 
 @cache

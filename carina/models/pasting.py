@@ -183,7 +183,10 @@ def pasted_views(
         if method == "cutpaste_union":
             coin = torch.from_numpy(draws.coin("pasting kind")).to(images.device)[:, None, None, None]
             pastes = [tuple(torch.where(coin, normal, scar) for normal, scar in zip(*pastes))]
-    return [whole, *(view for view, _ in pastes)], [whole.new_zeros(()).expand_as(whole), *(alpha for _, alpha in pastes)]
+    return [whole, *(view for view, _ in pastes)], [
+        whole.new_zeros(()).expand_as(whole),
+        *(alpha for _, alpha in pastes),
+    ]
 
 
 def class_loss(logits: torch.Tensor, classes: int) -> tuple[torch.Tensor, torch.Tensor]:

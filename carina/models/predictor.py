@@ -19,6 +19,7 @@ from carina.models.features import Region, only
 from carina.models.scorers import SCORERS, Scorer, ScorerSettings
 
 FILE = "predictor.json"
+DARK, BRIGHT = 0.95, 0.999  # shares of the pixels of normal images' maps between which their values are drawn
 
 
 class Member(nn.Module):
@@ -57,7 +58,10 @@ class Member(nn.Module):
         """Anomaly maps (B, S, S) at the size of the images, higher is worse; None where the scorer knows no positions."""
         if self.scorer is None or not self.scorer.positions:
             return None
-        images = only(images, lungs, self.region)
+        return self.region_maps(only(images, lungs, self.region))
+
+    def region_maps(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, S, S) of images that show the region alone, by a scorer that knows positions."""
         found = self.scorer.maps(self.scorer.read(self.backbone, images, self.scorer.settings))
         return F.interpolate(found[:, None], images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
 
@@ -95,6 +99,16 @@ class Predictor:
                     f"{where} was prepared with {name} {theirs}, the predictor was trained on {self.info[name]}; prepare "
                     "the store with the same settings"
                 )
+
+
+def map_span(maps: np.ndarray) -> tuple[float, float]:
+    """Between which values anomaly maps are drawn, black to full, from those of normal images (N, H, W).
+
+    Black is what 95 of 100 pixels of normal images stay below. Full lies twice as far above it as what only one in 1,000
+    exceeds, so that normal images stay dark and a map is bright only where it goes beyond what normal ones show.
+    """
+    dark, bright = (float(value) for value in np.quantile(maps, (DARK, BRIGHT)))
+    return dark, dark + max(2 * (bright - dark), 1e-6 * max(abs(dark), 1.0))
 
 
 def save_predictor(folder: Path, predictor: Predictor, card: str) -> None:

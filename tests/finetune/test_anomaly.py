@@ -275,14 +275,14 @@ def test_cross_fitting_leaves_the_whole_patient_out():
 def test_cross_fitted_distances_are_those_of_new_normals():
     """Distances of fitted images are too small in many dimensions; cross-fitted ones match new images."""
     random, settings = np.random.default_rng(1), scorer_settings(normalize=False)
-    normals, fresh = ([random.normal(size=(count, 100)).astype(np.float32)] for count in (300, 2000))
+    normals, fresh = ([random.normal(size=(count, 100)).astype(np.float32)] for count in (120, 2000))
     scorer = fit_scorer(normals, settings)
-    crossed = cross_fitted_distances(normals, [str(i) for i in range(300)], settings, 0, 10)
+    crossed = cross_fitted_distances(normals, [str(i) for i in range(120)], settings, 0, 10)
     false_alarms = {
         name: (distances(scorer, fresh) > np.quantile(scores, 0.95)).mean()
         for name, scores in (("fitted", distances(scorer, normals)), ("crossed", crossed))
     }
-    assert 0.02 < false_alarms["crossed"] < 0.08 < 0.12 < false_alarms["fitted"]
+    assert abs(false_alarms["crossed"] - 0.05) < abs(false_alarms["fitted"] - 0.05) / 2, false_alarms
 
 
 # -- contamination ----------------------------------------------------------------------------------------------------

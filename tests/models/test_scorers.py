@@ -104,7 +104,7 @@ def test_more_neighbors_than_images_is_said():
         fit("knn", NORMALS[:3])
 
 
-def test_a_compressed_memory_is_built_from_pieces_and_finds_the_nearest():
+def test_a_compressed_memory_is_built_from_pieces_and_finds_the_nearest(monkeypatch):
     random = np.random.default_rng(1)
     centers, axes = random.normal(size=(40, 32)), random.normal(size=(40, 4, 32))
     cluster = random.integers(40, size=20_200)
@@ -121,13 +121,8 @@ def test_a_compressed_memory_is_built_from_pieces_and_finds_the_nearest():
             assert isinstance(rows, slice)
             return normals[rows]
 
-    import carina.models.scorers.base as base
-
-    limit, base.PIECE = base.PIECE, 32 * 3000
-    try:
-        scorer = fit("knn", [Pieces()], neighbors=10, compress=True)
-    finally:
-        base.PIECE = limit
+    monkeypatch.setattr("carina.models.scorers.base.PIECE", 32 * 3000)
+    scorer = fit("knn", [Pieces()], neighbors=10, compress=True)
     true = NearestNeighbors(n_neighbors=10).fit(normals).kneighbors(queries)
     found = scorer.opened.search(queries, 10)[1]
     recall = np.mean([len(np.intersect1d(ours, theirs)) / 10 for ours, theirs in zip(found, true[1])])
