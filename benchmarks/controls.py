@@ -12,7 +12,7 @@ bootstrap.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +22,7 @@ from common import console, script
 from pydantic import Field
 from rich.table import Table
 
+from carina.data.batches import control_chunks
 from carina.data.labels import ABNORMAL, to_targets
 from carina.data.splits import patient_folds, patient_subset
 from carina.data.store import Selection, select
@@ -34,10 +35,8 @@ from carina.metrics.ranking import auroc
 from carina.metrics.resampling import Replicates, replicate
 from carina.models.controls import (
     BACKGROUND_ONLY,
-    CHUNK,
     LUNGS_ONLY,
     Method,
-    Rows,
     controls,
     describe,
     nothing_to_see,
@@ -73,18 +72,6 @@ DEFAULTS = {
     "seed": 0,
     "out": None,
 }
-
-
-def chunks(selection: Selection, scale: int) -> Iterator[Rows]:
-    """The store's images in order, lung masks where any has one."""
-    sizes = selection.table[["height", "width"]].to_numpy()
-    masked = (selection.table["lungs_source"] != "none").any()
-    with Progress("features", len(selection), unit="images") as progress:
-        for start in range(0, len(selection), CHUNK):
-            where = range(start, min(start + CHUNK, len(selection)))
-            lungs = selection.masks(where, scale) if masked else None
-            yield Rows(selection.images(where, scale), lungs, sizes[where.start : where.stop])
-            progress.advance(len(where))
 
 
 def fits(arguments: Arguments, table: Any) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -181,7 +168,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         raise CarinaError("draws= repeats patients=, and without it all draws are the same; give patients= as well")
     bench = Bench(arguments, select(arguments.store, where=arguments.where, scales=[arguments.scale]))
     rows = controls(arguments.scale, arguments.seed)
-    features = describe(chunks(bench.selection, arguments.scale), rows)
+    features = describe(control_chunks(bench.selection, arguments.scale, quiet=False), rows)
     kept: dict[str, Replicates] = {}
     table = []
     work = [(c, m) for c in rows for m in (c.methods if arguments.task == "anomaly" else (None,))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from carina.metrics.intervals import interval
 from carina.metrics.localization import box_masks, localization
 from carina.metrics.ranking import false_positive_rate
 from carina.metrics.resampling import replicate
-from carina.models.controls import Rows, control_rows, control_scale, controls, describe
+from carina.models.controls import control_rows, control_scale, controls, describe
 from carina.models.predictor import Member, Predictor, map_span
 from carina.progress import Progress
 from carina.training.engine import pick_device
@@ -54,16 +53,6 @@ def training_normals(predictor: Predictor, store: str | list[str]) -> Selection 
     return rows.where(to_targets(rows.targets([ABNORMAL]))[:, 0] == 0)
 
 
-def _features(selection: Selection, scale: int, rows: list, quiet: bool) -> dict[str, np.ndarray]:
-    def told(progress: Progress) -> Iterator[Rows]:
-        for chunk in control_chunks(selection, scale):
-            yield chunk
-            progress.advance(len(chunk.images))
-
-    with Progress("control rows", len(selection), unit="images", quiet=quiet) as progress:
-        return describe(told(progress), rows)
-
-
 def measured_controls(
     parts: list[tuple[Predictor, Selection]], store: str | list[str], resamples: int, seed: int, quiet: bool
 ) -> tuple[list[dict[str, Any]], str]:
@@ -80,7 +69,9 @@ def measured_controls(
             return [], normals
         scale = control_scale(set.intersection(*(set(one.scales) for one in selection.stores)))
         rows = controls(scale, predictor.info["seed"])
-        found = control_rows(rows, *(_features(part, scale, rows, quiet) for part in (normals, selection)))
+        found = control_rows(
+            rows, *(describe(control_chunks(part, scale, quiet), rows) for part in (normals, selection))
+        )
         for row in found:
             scores.setdefault((row.control, row.method), []).append(row.scores)
             facts.setdefault((row.control, row.method), row)

@@ -22,6 +22,7 @@ from carina.data.store import Selection, unit
 from carina.draws import Draws, hash64, permutation, sample_codes
 from carina.errors import CarinaError
 from carina.models.controls import CHUNK, Rows
+from carina.progress import Progress
 
 PATIENCE = 300.0  # seconds until a batch that has not arrived is given up
 NAMED = 3  # image_ids of a batch that a message names
@@ -324,13 +325,15 @@ def with_lungs(
         yield rows, images, lungs
 
 
-def control_chunks(selection: Selection, scale: int) -> Iterator[Rows]:
+def control_chunks(selection: Selection, scale: int, quiet: bool = True) -> Iterator[Rows]:
     """All rows in order as the control rows take them; lungs where the store has any."""
     sizes, lungs = selection.table[["height", "width"]].to_numpy(), (selection.table["lungs_source"] != "none").any()
-    for start in range(0, len(selection), CHUNK):
-        places = range(start, min(start + CHUNK, len(selection)))
-        masks = selection.masks(places, scale) if lungs else None
-        yield Rows(selection.images(places, scale), masks, sizes[places.start : places.stop])
+    with Progress("control rows", len(selection), unit="images", quiet=quiet) as progress:
+        for start in range(0, len(selection), CHUNK):
+            places = range(start, min(start + CHUNK, len(selection)))
+            masks = selection.masks(places, scale) if lungs else None
+            yield Rows(selection.images(places, scale), masks, sizes[places.start : places.stop])
+            progress.advance(len(places))
 
 
 def intensity(selection: Selection, scale: int, sample: int = 512) -> tuple[tuple[float], tuple[float]]:

@@ -100,7 +100,7 @@ def test_neighbors_equal_scikit_learn():
 
 
 def test_more_neighbors_than_images_is_said():
-    with pytest.raises(CarinaError, match="scorer.neighbors=5 is more than the 3 normal images; give fewer"):
+    with pytest.raises(CarinaError, match=r"scorer.neighbors=5 is more than the 3 normal images; give fewer"):
         fit("knn", NORMALS[:3])
 
 
