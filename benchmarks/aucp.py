@@ -87,7 +87,7 @@ class Rows:
         target = to_targets(everything.targets([ABNORMAL]), recipe.uncertain)[:, 0]
         split = everything.table["split"]
         train = np.zeros(len(everything), dtype=bool)
-        own = (split == recipe.rows).to_numpy()
+        own = split.isin(recipe.rows.split("+")).to_numpy()
         mixed = everything.where(own)
         train[own] = contaminated(mixed, target[own] == 0, target[own] == 1, recipe.contamination, recipe.seed)
         known = ~np.isnan(target)
@@ -135,7 +135,9 @@ def measure(folder: str, given: Arguments) -> dict[str, Any]:
         raise CarinaError(f"scorer={name} is none that is fitted on features; give gaussian or knn")
     settings = settings.model_copy(update={"name": name})
     if recipe.select != "aucp":
-        raise CarinaError(f"{folder} was trained on all its normals, which leaves none for AUCp; run it with select=aucp")
+        raise CarinaError(
+            f"{folder} was trained on all its normals, which leaves none for AUCp; run it with select=aucp"
+        )
     device, apart = pick_device(), kept_from_training(rows.train.table["patient_id"].tolist(), recipe.seed)
     table, scores = [], []
     with Progress(f"aucp {run.folder.name}", len(steps), unit="checkpoints") as progress:

@@ -44,21 +44,27 @@ class PublishedPasting(anomaly.Pasting):
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         wholes, pasted = [], []
         seeds = batch.draws.part("published").integers("seed", 0, 2**31)
-        for code, seed, image in zip(batch.draws.codes, seeds, resize_images(batch.images, SIDE)[:, 0].numpy()):
+        for code, seed, image in zip(batch.draws.codes, seeds, resize_images(batch.images, SIDE)[:, 0].cpu().numpy()):
             if int(code) not in self.masks:
                 self.masks[int(code)] = published_mask(image)
             # one seed for both, so that a pair shares its jitter
             for mask, views in ((np.zeros_like(image, dtype=bool), wholes), (self.masks[int(code)], pasted)):
                 views.append(published(image, np.random.default_rng(int(seed)), mask)[0])
         size = self.backbone.spec.size
-        views = [resize_images(torch.from_numpy(np.stack(part))[:, None], size) for part in (wholes, pasted)]
+        parts = (torch.from_numpy(np.stack(part))[:, None].to(batch.images.device) for part in (wholes, pasted))
+        views = [resize_images(part, size) for part in parts]
         return self.task.loss(self.backbone, {"views": views, "maps": []})
 
 
 def work(arguments: Arguments) -> None:
-    protocol = build("protocol", ProtocolRecipe, arguments.protocol)
+    protocol = build("protocol", ProtocolRecipe, arguments.protocol, {})
     given = merge(protocol.recipe, protocol.arms[arguments.arm].recipe or {})
-    given |= {"backbone": protocol.arms[arguments.arm].backbone, "mode": "full", "select": "last", "keep_every": None}
+    rows = next(iter(protocol.sets.values()))
+    given |= {"backbone": protocol.arms[arguments.arm].backbone, "mode": "full", "threshold_rows": None}
+    given |= {
+        "pool_rows": rows.pool,
+        "pool_prevalence": rows.prevalence,
+    }  # the same fifth kept from training as in our arm
     anomaly.Pasting = PublishedPasting
     print(finetune("anomaly", given | {"store": arguments.store, "out": arguments.out, "seed": arguments.seed}))
 

@@ -20,7 +20,7 @@ from carina.metrics.ranking import auroc
 from carina.models.backbones import Backbone
 from carina.models.checkpoints import load_tensors
 from carina.models.features import Region, only
-from carina.models.pasting import PastingTask
+from carina.models.pasting import NEEDS_MASKS, PastingTask
 from carina.models.predictor import Member
 from carina.models.scorers import SCORERS, Read, Scorer, ScorerSettings
 from carina.progress import Progress
@@ -212,14 +212,9 @@ def check(recipe: FinetuneRecipe) -> None:
         raise CarinaError("patients= counts labelled patients of classify; anomaly uses every normal of the rows")
     if recipe.scorer.name == "head" and recipe.mode == "frozen":
         raise CarinaError("scorer.name=head is the head that pasting trains; give mode=full, or another scorer")
-    if (
-        recipe.region != "whole"
-        and recipe.mode == "full"
-        and recipe.pasting.method == "anatpaste"
-        and (recipe.region == "background")
-    ):
+    if recipe.region == "background" and recipe.mode == "full" and recipe.pasting.method in NEEDS_MASKS:
         raise CarinaError(
-            "AnatPaste pastes into the lungs, which region=background leaves out; give another pasting.method"
+            f"{recipe.pasting.method} pastes into the lungs, which region=background leaves out; give another pasting.method"
         )
     if recipe.select == "last":
         return

@@ -39,11 +39,11 @@ from carina.models.scorers import SCORERS, Read, ScorerSettings
 from carina.progress import clock
 from carina.recipes import build, differences, to_yaml
 from carina.runs import Run, environment
-from carina.training.engine import pick_device
+from carina.training.engine import best_precision, pick_device
 
 MANY = 5000  # images above which the control rows are described one after the other, so that their features fit
 # what may differ between what was made and what is asked now, because it cannot change the result
-FREE = ("out", "store", "threads", "precision", "workers", "wandb", "checkpoint_every", "keep_checkpoints")
+FREE = ("out", "store", "threads", "workers", "wandb", "checkpoint_every", "keep_checkpoints")
 
 
 def protocol(name: str, overrides: Any = (), *, dry_run: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class Bench:
     def _asked(self, cell: Cell, unit: Unit) -> dict[str, Any]:
         recipe, rows = unit.recipes[0], self.plan.recipe.sets[cell.set]
         return {
-            **recipe.model_dump(mode="json", exclude={*FREE, "fold", "scorer"}),
+            **self._resolved(recipe).model_dump(mode="json", exclude={*FREE, "fold", "scorer"}),
             "backbone": self._identity(recipe.backbone),
             "region": cell.region,
             "scorer": unit.scorers[cell.scorer].model_dump(),
@@ -121,6 +121,9 @@ class Bench:
     def hashes(self) -> dict[str, dict[str, list[str]]]:
         opened = {name: select(store) for name, store in self.plan.stores.items()}
         return {name: {"store_hashes": s.hashes, "labels_hashes": s.labels_hashes} for name, s in opened.items()}
+
+    def _resolved(self, recipe: FinetuneRecipe) -> FinetuneRecipe:
+        return recipe.model_copy(update={"precision": best_precision(self.device, recipe.precision)})
 
     def _identity(self, reference: str) -> str:
         """A backbone by its weights, wherever they lie."""
@@ -142,7 +145,7 @@ class Bench:
             number, fit = group[0]
             recipe = unit.recipes[number]
             folder = self.train(unit, recipe) if unit.full else None
-            for checkpoint, member, facts in self._members(recipe, fit, folder):
+            for checkpoint, member, facts in self._members(recipe, fit, folder, union([fit.test for _, fit in fits])):
                 mine = [cell for cell in pending if cell.checkpoint == checkpoint]
                 for cell, parts in self._score(unit, mine, group, member, folder, facts["step"]):
                     frames[cell] += parts
@@ -157,17 +160,17 @@ class Bench:
             begun = (folder / "recipe.yaml").is_file()
             given = recipe.model_dump(mode="json") | {"out": str(folder)}
             finetune("anomaly", given, resume=begun, quiet=self.quiet)
-        changed = differences(Run(folder).recipe(), recipe.model_dump(mode="json"))
+        changed = differences(Run(folder).recipe(), self._resolved(recipe).model_dump(mode="json"))
         changed = [key for key in changed if key.split(".")[0] not in FREE]
         if changed:
             raise CarinaError(f"{folder} was trained with other settings ({', '.join(changed)}); choose another out=")
         return folder
 
     def _members(
-        self, recipe: FinetuneRecipe, fit: Fit, folder: Path | None
+        self, recipe: FinetuneRecipe, fit: Fit, folder: Path | None, tests: Selection
     ) -> Iterator[tuple[str, Member, dict[str, Any]]]:
         """(checkpoint, backbone and scale, facts) of every checkpoint that is scored."""
-        facts = self._facts(recipe, fit)
+        facts = self._facts(recipe, fit, tests)
         if folder is None:
             scale, size = scale_and_size(recipe, fit.train)
             mean, std = intensity(fit.train, scale)
@@ -185,11 +188,11 @@ class Bench:
                 facts["labels_used"] += " and validation labels, which chose the checkpoint"
             yield recipe.select, load_predictor(folder / "predictor").members[0], facts
 
-    def _facts(self, recipe: FinetuneRecipe, fit: Fit) -> dict[str, Any]:
+    def _facts(self, recipe: FinetuneRecipe, fit: Fit, tests: Selection) -> dict[str, Any]:
         """What a row says of the past of its backbone and of the labels that it took."""
         past, reference = backbone_record(recipe.backbone), recipe.backbone
         saw = pretext_saw(reference)
-        seen = overlap(find_manifest(reference), fit.test)["stages"] if Path(reference).exists() else {}
+        seen = overlap(find_manifest(reference), tests)["stages"] if Path(reference).exists() else {}
         tested = max((stage["patients"] for stage in seen.values()), default=0)
         earlier = past.get("labels_used", "none")
         labels = "the normal flag" + (f", wrong for {recipe.contamination:.0%}" if recipe.contamination else "")

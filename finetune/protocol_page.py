@@ -8,7 +8,7 @@ from carina.metrics.ranking import BELOW_CHANCE
 
 
 def below(found: dict[str, Any]) -> bool:
-    return found["high"] is not None and found["high"] < 0.5
+    return found["high"] is not None and found["estimable"] and found["high"] < 0.5
 
 
 def words(entry: dict[str, Any]) -> str:

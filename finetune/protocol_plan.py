@@ -20,6 +20,12 @@ from carina.models.features import Region
 from carina.models.scorers import ScorerSettings
 from carina.recipes import Section, build, merge, read_recipe, validate
 
+# keys of the recipe anomaly that stand elsewhere in a protocol
+DECIDED = {
+    "task", "labels", "store", "out", "where", "rows", "threshold_rows", "folds", "fold", "patients", "draw", "backbone",
+    "mode", "region", "scorer", "contamination", "pool_rows", "pool_prevalence", "seed",
+}  # fmt: skip
+
 Names = Annotated[list[str], Field(min_length=1)]
 
 
@@ -274,7 +280,12 @@ class Plan:
         return Unit(name, arm_name, seed, share, recipes, scorers, cells)
 
     def _given(self, arm: Arm | None) -> dict[str, Any]:
-        return merge(self.recipe.recipe, (arm.recipe or {}) if arm else {})
+        given = merge(self.recipe.recipe, (arm.recipe or {}) if arm else {})
+        if taken := sorted(set(given) & DECIDED):
+            raise CarinaError(
+                f"recipe.{taken[0]} is decided by the protocol's sets, arms, scorers and regions; leave it out of recipe="
+            )
+        return given
 
     def set_recipe(self, name: str, arm: Arm | None = None, **changes: Any) -> FinetuneRecipe:
         """The recipe anomaly on the rows of a set, frozen unless the changes say otherwise."""

@@ -109,6 +109,7 @@ class Tables:
         found = difference(ours.replicates, theirs.replicates, 0)
         role = "Primary" if name == named.set else "The primary contrast on other rows"
         verdict = "above it" if found.low > 0 else "below it" if found.high < 0 else "which does not tell them apart"
+        verdict = verdict if found.estimable else f"too little to rely on: {found.reason}"
         pair = f"{words(ours.entry)} minus {words(theirs.entry)}"
         return {
             "kind": kind(named),
@@ -144,7 +145,7 @@ class Tables:
         for what, scorer, lungs, background in pairs:
             found = difference(lungs.replicates, background.replicates, 0)
             # lungs that say nothing do not see lesions, however misleading the background is
-            claims = found.low > 0 and lungs.entry["auroc"]["low"] > 0.5
+            claims = found.estimable and found.low > 0 and lungs.entry["auroc"]["low"] > 0.5
             entry = {"row": what, "lungs": lungs.entry["auroc"], "background": background.entry["auroc"]}
             entry |= {"difference": found.to_dict(), "claims_lesions": bool(claims), "sentence": ""}
             if claims and scorer and (not self.recipe.primary or scorer == self.recipe.primary.scorer):

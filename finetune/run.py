@@ -24,6 +24,7 @@ from carina.finetune.recipe import FinetuneRecipe
 from carina.metrics.ranking import auroc, youden
 from carina.models.backbones import EXTERNAL, Backbone, backbone_record, load_backbone, pretext_saw
 from carina.models.hub import predictor_card
+from carina.models.pasting import NEEDS_MASKS
 from carina.models.predictor import Member, Predictor, map_span, save_predictor
 from carina.models.scorers import SCORERS, Read, ScorerSettings
 from carina.progress import Progress
@@ -117,7 +118,25 @@ def training_rows(recipe: FinetuneRecipe, everything: Selection) -> tuple[Select
             held_out = None
         if not len(train):
             raise CarinaError(f"no training row has a known value of {', '.join(recipe.labels)}; check labels=")
-    return train, held_out if held_out is not None and len(held_out) else None
+    if held_out is not None and (shared := shared_patients(everything, train, held_out)):
+        raise CarinaError(
+            f"{shared} patients of threshold_rows={recipe.threshold_rows} are trained on, so thresholds would come from "
+            "what was fitted; give threshold_rows=null, which cross-fits, or rows of other patients"
+        )
+    held_out = held_out if held_out is not None and len(held_out) else None
+    if recipe.task == "anomaly" and recipe.scorer.name == "head" and held_out is None:
+        raise CarinaError(
+            "scorer.name=head is trained on the training normals, so its threshold needs other ones; give "
+            "threshold_rows=SPLIT with normal images"
+        )
+    return train, held_out
+
+
+def shared_patients(everything: Selection, a: Selection, b: Selection) -> int:
+    """How many patients, copies under other names linked, two parts of a selection share."""
+    linked = dict(zip(everything.table["image_id"], linked_patients(everything.table)))
+    patients = [{linked[image] for image in part.table["image_id"]} for part in (a, b)]
+    return len(patients[0] & patients[1])
 
 
 def _judged(recipe: FinetuneRecipe, everything: Selection, train: Selection) -> Selection | None:
@@ -126,15 +145,18 @@ def _judged(recipe: FinetuneRecipe, everything: Selection, train: Selection) -> 
         return None
     name = recipe.pool_rows if recipe.select == "aucp" else recipe.threshold_rows
     rows = everything.split(*name.split("+"))
-    shared = set(rows.table["patient_id"]) & set(train.table["patient_id"])
     if not len(rows):
         raise CarinaError(
             f"no row has split={name}, which select={recipe.select} compares checkpoints on; name another"
         )
-    if shared:
+    if shared := shared_patients(everything, train, rows):
         raise CarinaError(
-            f"{len(shared)} patients of split={name} are trained on, so select={recipe.select} would judge what it has "
+            f"{shared} patients of split={name} are trained on, so select={recipe.select} would judge what it has "
             "seen; name rows of other patients"
+        )
+    if recipe.select == "validation" and set(to_targets(rows.targets([ABNORMAL]))[:, 0]) < {0.0, 1.0}:
+        raise CarinaError(
+            f"select=validation needs normal and abnormal images, and split={name} has not both; name others"
         )
     return rows
 
@@ -184,7 +206,8 @@ class _Work:
             # few labels: the largest even batch that the rows fill
             settings = recipe.model_copy(update={"batch_size": max(2, len(self.trained) // 2 * 2)})
         classify = recipe.task == "classify"
-        if not classify:
+        masks = not classify and (recipe.pasting.method in NEEDS_MASKS or recipe.region != "whole")
+        if masks:
             self.trained.check_lungs()
         task = Classification(self.backbone, recipe) if classify else anomaly.Pasting(self.backbone, recipe)
         targets = to_targets(self.trained.targets(recipe.labels), recipe.uncertain) if classify else None
@@ -193,7 +216,7 @@ class _Work:
             self.trained,
             settings,
             scales=[self.scale],
-            masks=not classify,
+            masks=masks,
             targets=targets,
             name=f"finetune {recipe.task}",
             quiet=self.quiet,
@@ -277,6 +300,7 @@ class _Work:
             "pretext_saw": pretext_saw(recipe.backbone),
             "transductive": bool(backbone_record(recipe.backbone).get("transductive", False)),
             "finetune_saw": saw,
+            "trained_images": len(self.trained) if recipe.mode == "full" else 0,
             "data": {"images": len(table), "patients": int(table["patient_id"].nunique())},
             "store_hashes": self.selection.hashes,
             "labels_hashes": self.selection.labels_hashes,
@@ -343,26 +367,28 @@ class _Work:
     def _read(self, selection: Selection, settings: ScorerSettings, quiet: bool = True) -> Read:
         return anomaly.collect(self.backbone, selection, self.scale, settings, self.recipe.region, self.device, quiet)
 
-    def _detector(self) -> tuple[Member, dict[str, Any]]:
-        recipe, settings = self.recipe, self.recipe.scorer
-        extra: dict[str, Any] = {"score": "distance", "contamination": recipe.contamination}
+    def _member(self) -> tuple[Member, Read | None]:
+        """The backbone as it is now with its scorer, and what that was fitted on (None: the head of pasting)."""
+        settings, normals = self.recipe.scorer, None
         if settings.name == "head":
             scorer = SCORERS["head"].of(self.engine.task.task.head, settings)
-            normals = None
         else:
             normals = self._read(self.selection, settings, self.quiet)
             scorer = anomaly.fit_scorer(normals, settings)
-        member = Member(self.backbone, self.scale, None, scorer, recipe.region)
+        return Member(self.backbone, self.scale, None, scorer, self.recipe.region), normals
+
+    def _detector(self) -> tuple[Member, dict[str, Any]]:
+        recipe, settings = self.recipe, self.recipe.scorer
+        extra: dict[str, Any] = {"score": "distance", "contamination": recipe.contamination}
+        member, normals = self._member()
         if self.held_out is not None:
             scores, source = anomaly.member_distances(member, self.held_out, self.device), "validation normals"
-        elif normals is None:
-            raise CarinaError("scorer.name=head was trained on these normals; its threshold needs threshold_rows=SPLIT")
         else:
             patients = self.selection.table["patient_id"].tolist()
             scores = anomaly.cross_fitted_distances(normals, patients, settings, recipe.seed, recipe.cross_folds)
             source = "cross-fitted training normals"
         threshold = float(np.quantile(scores, 1 - recipe.false_positive_rate))
-        if scorer.positions:  # between which values maps are drawn
+        if member.scorer.positions:  # between which values maps are drawn
             normal = self.held_out or self.selection
             some = normal.where(permutation(len(normal), "map span")[:SPAN_IMAGES])
             extra["map_span"] = map_span(anomaly.member_maps(member, some, self.device))
@@ -392,7 +418,7 @@ class _Work:
                     parts = (anomaly.rows_of(normals, rows) for rows in (~self.kept, self.kept))
                     value = anomaly.aucp(*parts, pool, settings)
                 else:
-                    value = auroc(targets, anomaly.member_distances(self._detector()[0], judged, self.device))
+                    value = auroc(targets, anomaly.member_distances(self._member()[0], judged, self.device))
                 table.append({"step": step, key: value})
                 progress.advance(note=f"step {step} {value:.3f}")
         choice = anomaly.facts_of_choice(table, key)

@@ -146,11 +146,14 @@ def _centers(masks: torch.Tensor | None, images: torch.Tensor, draws: Draws) -> 
 # -- AnatPaste ----------------------------------------------------------------------------------------------------------
 
 
-def anatpaste(images: torch.Tensor, masks: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+def anatpaste(
+    images: torch.Tensor, masks: torch.Tensor, draws: Draws, maps: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Paste one patch of each image into its own lungs.
 
     images: (B, 1, S, S) in [0, 1]. masks: (B, 1, S, S) bool, the lungs. Returns the pasted images and the alpha map
-    (B, 1, S, S) in [0, 1]; outside the mask alpha is 0 and the image unchanged to the bit.
+    (B, 1, S, S) in [0, 1], or None without `maps`, for whom has no use of it; outside the mask alpha is 0 and the image
+    unchanged to the bit.
     """
     side, device, draws = images.shape[-1], images.device, draws.part("anatpaste")
     area, aspect, spread, is_ellipse, opacity, brightness, contrast, *unit = draws.uniform("paste", shape=(9,)).T
@@ -173,9 +176,11 @@ def anatpaste(images: torch.Tensor, masks: torch.Tensor, draws: Draws) -> tuple[
     ends = reaches.max() + inner[-1]
     kernel = np.exp(-0.5 * (np.arange(-ends, ends + 1) / sigma) ** 2)
     kernel /= kernel[:, ends % step :: step].sum(axis=1, keepdims=True)
+    # brightness, then contrast around the mean: one line, but for what would be clipped in between
     brightness = _between(brightness, *NEAR_ONE)
     slope = brightness * _between(contrast, *NEAR_ONE)
     given = [values.astype(np.float32) for values in (profile, window, kernel, slope, brightness - slope)]
+    means = images.mean(dim=(1, 2, 3))
 
     counts = _row_counts(masks)
     target = torch.stack(lung_points(masks, draws, counts), dim=1)
@@ -183,10 +188,9 @@ def anatpaste(images: torch.Tensor, masks: torch.Tensor, draws: Draws) -> tuple[
     source = _within(np.stack(unit, axis=1), sizes, *_box(masks, counts))
     source = torch.minimum(torch.maximum(source, far), side - 1 - far)  # the widest window takes 0.91 of the side
     images, masks = images.contiguous(), masks.contiguous()
-    pasted, alphas = torch.empty(2, *images.shape, device=device)
-    pasted.copy_(images), alphas.zero_()
+    pasted, alphas = images.clone(), torch.zeros_like(images) if maps else None
     paste = _paste_each if device.type == "cpu" else _paste_all
-    paste(images, masks, pasted, alphas, source, target, halves, reaches, step, given)
+    paste(images, masks, pasted, alphas, means, source, target, halves, reaches, step, given)
     return pasted, alphas
 
 
@@ -194,7 +198,8 @@ def _paste_each(
     images: torch.Tensor,
     masks: torch.Tensor,
     pasted: torch.Tensor,
-    alphas: torch.Tensor,
+    alphas: torch.Tensor | None,
+    means: torch.Tensor,
     source: torch.Tensor,
     target: torch.Tensor,
     halves: np.ndarray,
@@ -206,7 +211,9 @@ def _paste_each(
     the innermost cache, and takes a third of the time of `_paste_all`."""
     side, span = images.shape[-1], _span(images.shape[-1])
     padded, masks = _padded(masks, span), masks.view(torch.uint8)
-    own, padded, masks, pasted, alphas = (v.numpy()[:, 0] for v in (images, padded, masks, pasted, alphas))
+    own, padded, masks, pasted = (values.numpy()[:, 0] for values in (images, padded, masks, pasted))
+    given = [*given[:-1], given[-1] * means.numpy()]
+    alphas = None if alphas is None else alphas.numpy()[:, 0]
     middle, most = given[1].shape[2] // 2, given[0].shape[2] // 2
     for row, (reads, writes, near, far) in enumerate(
         zip(source.tolist(), target.tolist(), halves.tolist(), reaches.tolist())
@@ -227,14 +234,16 @@ def _paste_each(
         lungs = _sums(padded[around], span) * (masks[at] * np.float32(2 / span**2))
         alpha, change = _compose(own[at], own[origin], lungs, profiles, blurs, slope, offset)
         pasted[at] += change
-        alphas[at] = alpha
+        if alphas is not None:
+            alphas[at] = alpha
 
 
 def _paste_all(
     images: torch.Tensor,
     masks: torch.Tensor,
     pasted: torch.Tensor,
-    alphas: torch.Tensor,
+    alphas: torch.Tensor | None,
+    means: torch.Tensor,
     source: torch.Tensor,
     target: torch.Tensor,
     halves: np.ndarray,
@@ -259,25 +268,25 @@ def _paste_all(
     writes, reads = (_places(rows, middle - half, height, width, side) for middle in (target, source))
     span = _span(side)
     lungs = _read(_sums(_padded(masks, span), span) * masks, writes) * (2 / span**2)
-    columns = slope[:, None, None], offset[:, None, None]
+    columns = slope[:, None, None], (offset * means)[:, None, None]
     with torch.autocast(device.type, enabled=False):
         alpha, change = _compose(_read(images, writes), _read(images, reads), lungs, profiles, blurs, *columns)
     # added, because the windows' parts beyond the image, of no change, stand for pixels at its border
     pasted.view(-1).scatter_add_(0, writes.view(-1), change.view(-1))
-    alphas.view(-1).scatter_add_(0, writes.view(-1), alpha.view(-1))
+    if alphas is not None:
+        alphas.view(-1).scatter_add_(0, writes.view(-1), alpha.view(-1))
 
 
 def _compose(here, patch, lungs, profiles, blurs, slope, offset):
     """Alpha and what is added to `here`; arrays (h, w) of NumPy or tensors (N, h, w).
 
     lungs: twice the share of lung around a pixel. profiles: of a shape, down and across, inside where they sum up to 1.
-    blurs: matrices to the shape's sides. slope, offset: of the patch's jitter, the offset times its mean.
+    blurs: matrices from its sides to the window's. slope, offset: of the patch's jitter.
     """
     shape = (profiles[0][..., :, None] + profiles[1][..., None, :] <= 1) * np.float32(1)
     alpha = blurs[0] @ shape @ blurs[1].swapaxes(-1, -2)
     alpha *= (lungs - np.float32(1)).clip(0, 1)
-    mean = (patch * alpha).sum((-2, -1), keepdims=True) / alpha.sum((-2, -1), keepdims=True).clip(1e-6, None)
-    patch = (patch * slope + mean * offset).clip(0, 1)
+    patch = (patch * slope + offset).clip(0, 1)
     patch -= here
     patch *= alpha
     return alpha, patch

@@ -156,10 +156,10 @@ class DenseHead(nn.Module):
 
 
 def pasted_views(
-    images: torch.Tensor, masks: torch.Tensor | None, draws: Draws, method: Method
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    images: torch.Tensor, masks: torch.Tensor | None, draws: Draws, method: Method, maps: bool = True
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     """Views [jittered whole, pasted (of `cutpaste_3way` two, a rectangle and a scar)] and their maps of what was pasted
-    [zeros, map, ...]; all (B, 1, S, S) in [0, 1].
+    [zeros, map, ...]; all (B, 1, S, S) in [0, 1]. Without `maps`, which cost time, None may stand for them.
 
     masks: the lungs (B, 1, S, S) bool; AnatPaste pastes into them, FPI and NSA around pixels of them where they are given.
     A foreign patch comes from the image's neighbor in the batch: the first and the second trade, the third and the fourth,
@@ -168,7 +168,7 @@ def pasted_views(
     """
     whole = jitter(images, draws.part("pasting whole"), JITTER)
     if method == "anatpaste":
-        pastes = [anatpaste(whole, masks, draws)]
+        pastes = [anatpaste(whole, masks, draws, maps)]
     elif method in ("fpi", "nsa"):
         partner = np.minimum(np.arange(len(images)) ^ 1, len(images) - 1)
         partner[-1] -= len(images) % 2 and len(images) > 1  # the last of an odd count takes the one before it
@@ -256,9 +256,10 @@ class PastingTask(nn.Module):
     ) -> dict[str, list[torch.Tensor]]:
         """`views` of `pasted_views` at the size that enters the network; `maps` where they are the target; and, for the
         contrastive term, `light`: two light views of the originals."""
-        views, maps = pasted_views(images, masks, draws, self.settings.method)
+        dense = self.settings.target == "map"
+        views, maps = pasted_views(images, masks, draws, self.settings.method, dense)
         found = {"views": [resize_images(view, size) for view in views]}
-        if self.settings.target == "map":
+        if dense:
             found["maps"] = maps
         if self.settings.contrast > 0:
             found["light"] = [make_view(images, draws.part(f"light {number}"), LIGHT, size) for number in range(2)]

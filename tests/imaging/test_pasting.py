@@ -11,6 +11,7 @@ from scipy import sparse
 from scipy.sparse.linalg import spsolve
 
 from carina.draws import Draws
+from carina.imaging import pasting
 from carina.imaging.dicom import read_radiograph
 from carina.imaging.geometry import Geometry, resize, resize_mask
 from carina.imaging.lungs import lung_mask
@@ -270,3 +271,16 @@ def test_nsa_is_seamless_and_says_how_much_it_changed():
     assert steps[border].mean() < 0.05, "pasted without blending it would step by 0.16 on average"
     alone = blend_foreign(flat[5:6], waves[5:6], lungs[5:6], draws.select(np.array([5])))[0]
     torch.testing.assert_close(pasted[5:6], alone, atol=2e-5, rtol=0)
+
+
+def test_without_maps_the_same_is_pasted_and_a_batch_at_once_equals_one_by_one():
+    images, lungs, draws = batch(100, count=9)
+    pasted, alpha = anatpaste(images, lungs, draws)
+    again, nothing = anatpaste(images, lungs, draws, maps=False)
+    assert torch.equal(pasted, again) and nothing is None
+    with pytest.MonkeyPatch.context() as patch:  # what a GPU runs
+        patch.setattr(pasting, "_paste_each", pasting._paste_all)
+        at_once = anatpaste(images, lungs, draws)
+        wide = anatpaste(images, torch.ones_like(lungs), draws)
+    torch.testing.assert_close(at_once, (pasted, alpha), atol=2e-6, rtol=0)
+    torch.testing.assert_close(wide, anatpaste(images, torch.ones_like(lungs), draws), atol=2e-6, rtol=0)

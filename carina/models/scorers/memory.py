@@ -19,8 +19,8 @@ PAIRS = 1 << 24  # distances that are held at a time
 class Memory(Scorer):
     """A patch's distance is that to its nearest among the patches of normal images at the same place, or within `reach`
     of it, whitened by the covariance of normals there. Distances become z-scores at every place, for each size of patches
-    and of images, by those of normals that are held out; the anomaly map is their mean, the score its maximum. Holds
-    patients' features.
+    and of images, by those of normals that are held out; the anomaly map is the largest over sizes, the score its maximum.
+    Holds patients' features.
 
     Patches are means over windows of the feature maps, one at every place, cut at the border: `patches` are their sides
     as fractions of the image's, rounded to odd numbers of places; equal ones count once. `dimensions` channels, drawn at
@@ -70,7 +70,7 @@ class Memory(Scorer):
                 away = nearest(means(maps, window), means(bank, window), center, matrices, self.settings)
                 z = (away - mean[:, :, None]) / deviation[:, :, None]
                 found.append(resized(z.permute(2, 0, 1)[:, None], finest(self.shapes))[:, 0])
-        return torch.stack(found).mean(dim=0)
+        return torch.stack(found).amax(dim=0)  # a mean would thin out what one size alone sees
 
     def forward(self, read: list[torch.Tensor]) -> torch.Tensor:
         return self.maps(read).amax(dim=(1, 2))
