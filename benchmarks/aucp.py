@@ -2,8 +2,8 @@
 
     python benchmarks/aucp.py runs=[RUN,RUN,RUN] store=STORE [pool=val] [test=test] [scorer=gaussian] [out=FILE.json]
 
-RUNS of `carina finetune anomaly mode=full keep_every=N`. For every kept checkpoint: AUCp, the AUROC of training normals
-(each scored without its patient's fold) against the pool, whose labels only tell its prevalence; and the true AUROC of
+RUNS of `carina finetune anomaly mode=full select=aucp pool_rows=val keep_every=N`. For every kept checkpoint: AUCp, the
+AUROC of normals kept from training against the pool, whose labels only tell its prevalence; and the true AUROC of
 the test rows under the scorer fitted on all training normals. Pool, test and training patients are disjoint.
 
 Shown are Pearson's correlation, by run and over all checkpoints, and what the choice costs against the best checkpoint
