@@ -234,7 +234,8 @@ def draw(path: Path, result: dict[str, Any]) -> None:
         axes.axvline(part["chosen"], linestyle=":", color="gray", label="chosen by AUCp")
         correlation = "none" if part["correlation"] is None else f"{part['correlation']:.2f}"
         doubt = "" if part["informative"] else ", not informative"
-        axes.set(xlabel="updates", title=f"{part['run']}: r = {correlation}{doubt}")
+        axes.set(xlabel="updates")
+        axes.set_title(f"{part['run']}\nr = {correlation}{doubt}", fontsize=8)
     axes.legend(fontsize=8)
     figure.suptitle(("synthetic: " if result["synthetic"] else "") + f"{'+'.join(result['stores'])}, 95 % by patient")
     figure.savefig(path, dpi=120)
