@@ -235,7 +235,7 @@ def test_markers_are_taken_out_of_a_store_and_of_what_a_network_is_fed(tmp_path)
         assert not changed.any(), "and nothing else"
     photometry = Photometry.from_dict(stores["inpaint"].photometry)
     paths = sorted(str(file) for file in folder.glob("*.png"))
-    ((_, fed, _),) = read_files(paths, [256], photometry, Geometry())
+    ((_, fed, _, _),) = read_files(paths, [256], photometry, Geometry())
     names = pq.read_table(tmp_path / "inpaint" / "table.parquet")["image_id"].to_pylist()
     assert len(names) == 6
     np.testing.assert_allclose(np.sort(fed[256][:, 0].sum(dim=(1, 2))), np.sort(after.sum(axis=(1, 2))), rtol=1e-6)
