@@ -119,7 +119,7 @@ def _p_value(boot: np.ndarray, bias: float, acceleration: float) -> float:
     return float(min(1.0, max(2 * tail, 1 / (resamples + 1))))
 
 
-def _doubt(counts: np.ndarray, label: int | None) -> str:
+def doubt(counts: np.ndarray, label: int | None) -> str:
     """Why an interval on these labels should not be relied on; empty where it may be."""
     chosen = counts if label is None else counts[[label]]
     single = (chosen[:, :2] == 0).any(axis=1)
@@ -148,7 +148,7 @@ def _doubt(counts: np.ndarray, label: int | None) -> str:
 def _basis(replicates: Replicates, label: int | None, boot: np.ndarray, flat: str) -> dict[str, Any]:
     """The fields of an Interval that say what it rests on. `flat` is the reason where no resample differs."""
     counts = replicates.counts if label is None else replicates.counts[[label]]
-    reason = _doubt(replicates.counts, label)
+    reason = doubt(replicates.counts, label)
     if len(boot) and np.ptp(boot) == 0:
         reason = "; ".join([reason, flat] if reason else [flat])
     return {

@@ -7,7 +7,10 @@ known a metric is NaN, never 0.5.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from carina.errors import CarinaError
 
@@ -21,11 +24,15 @@ class Ranking:
     """The scores of one label, sorted once, to be measured under any number of weightings.
 
     target: (n,) of 0, 1 or NaN. score: (n,), higher is worse; it must be a number wherever the target is known.
+    groups: (n,) integers 0 .. G - 1 whose images share their weights, as patients do; default: each image its own (G = n).
     `positives` and `negatives` are the image indices of each class in ascending order of score; `num_unknown` counts
     the images left out.
+
+    Only the places of negatives among the distinct scores of positives matter, so weights are first summed between
+    these: a sparse product, and for a rare finding nearly all of the work.
     """
 
-    def __init__(self, target: np.ndarray, score: np.ndarray):
+    def __init__(self, target: np.ndarray, score: np.ndarray, groups: np.ndarray | None = None):
         target, score = np.asarray(target, dtype=np.float64), np.asarray(score, dtype=np.float64)
         if target.ndim != 1 or target.shape != score.shape:
             raise CarinaError(
@@ -48,44 +55,50 @@ class Ranking:
         self.positives = order[target[order] == 1]
         self.negatives = order[target[order] == 0]
         self.num_unknown = int((~known).sum())
-        positive_scores, negative_scores = score[self.positives], score[self.negatives]
-        # For each positive: how many negatives lie below it, how many at or below it, how many positives lie below it.
-        self._negatives_below = np.searchsorted(negative_scores, positive_scores, side="left")
-        self._negatives_up_to = np.searchsorted(negative_scores, positive_scores, side="right")
-        self._positives_below = np.searchsorted(positive_scores, positive_scores, side="left")
+        self._score, self._groups = score, np.arange(len(target)) if groups is None else groups
+
+    @cached_property
+    def _sums(self) -> tuple[csr_matrix, csr_matrix]:
+        """What sums weights (G, R): those of positives by distinct score, ascending (K, G); those of negatives below the
+        first of these scores, at it, between it and the second, and so on (2 K + 1, G)."""
+        scores, place = np.unique(self._score[self.positives], return_inverse=True)
+        negative = self._score[self.negatives]
+        left = np.searchsorted(scores, negative, side="left")
+        ties = left < np.searchsorted(scores, negative, side="right")
+        count = int(self._groups.max(initial=-1)) + 1
+
+        def summing(rows: np.ndarray, images: np.ndarray, height: int) -> csr_matrix:
+            return csr_matrix((np.ones(len(rows)), (rows, self._groups[images])), shape=(height, count))
+
+        return summing(place, self.positives, len(scores)), summing(
+            2 * left + ties, self.negatives, 2 * len(scores) + 1
+        )
 
     def auroc(self, weights: np.ndarray) -> np.ndarray:
-        """Area under the ROC curve (R,) for `weights` (n, R) >= 0; NaN where a class has no weight.
+        """Area under the ROC curve (R,) for `weights` (G, R) >= 0; NaN where a class has no weight.
 
         The Mann-Whitney form (Bamber 1975): the share of positive-negative pairs in the right order, ties one half.
         """
-        positive, below = weights[self.positives], _running_total(weights[self.negatives])
-        won = below[self._negatives_below]
-        won += below[self._negatives_up_to]
-        return _ratio(0.5 * np.einsum("ir,ir->r", positive, won), positive.sum(axis=0) * below[-1])
+        positive, negative = (sums @ weights for sums in self._sums)
+        below = np.cumsum(negative, axis=0)
+        won = np.einsum("kr,kr->r", positive, below[:-1:2] + 0.5 * negative[1::2])
+        return _ratio(won, positive.sum(axis=0) * below[-1])
 
     def average_precision(self, weights: np.ndarray) -> np.ndarray:
-        """Average precision (R,) for `weights` (n, R) >= 0; NaN where a class has no weight.
+        """Average precision (R,) for `weights` (G, R) >= 0; NaN where a class has no weight.
 
         The sum over thresholds of precision times the step in recall, without interpolation.
         """
-        positive, negatives_below = weights[self.positives], _running_total(weights[self.negatives])
-        positives_below = _running_total(positive)
-        hits = positives_below[-1] - positives_below[self._positives_below]
-        called = hits + (negatives_below[-1] - negatives_below[self._negatives_below])
+        positive, negative = (sums @ weights for sums in self._sums)
+        hits = np.cumsum(positive[::-1], axis=0)[::-1]
+        alarms = np.cumsum(negative[::-1], axis=0)[::-1][1::2]
+        called = hits + alarms
         precision = np.divide(hits, called, out=np.zeros_like(hits), where=called > 0)
-        value = _ratio(np.einsum("ir,ir->r", positive, precision), positives_below[-1])
-        return np.where(negatives_below[-1] > 0, value, np.nan)
+        value = _ratio(np.einsum("kr,kr->r", positive, precision), positive.sum(axis=0))
+        return np.where(negative.sum(axis=0) > 0, value, np.nan)
 
 
 METRICS = {"auroc": Ranking.auroc, "average_precision": Ranking.average_precision}
-
-
-def _running_total(weights: np.ndarray) -> np.ndarray:
-    """(m, R) -> (m + 1, R): row i is the sum of the first i rows."""
-    total = np.zeros((len(weights) + 1, weights.shape[1]))
-    np.cumsum(weights, axis=0, out=total[1:])
-    return total
 
 
 def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:

@@ -17,14 +17,14 @@ from carina.errors import CarinaError
 from carina.metrics.ranking import METRICS, Ranking
 
 MAX_JACKKNIFE = 1000
-_CHUNK_CELLS = 1_000_000
+_CHUNK_CELLS = 4_000_000
 
 
 @dataclass(frozen=True)
 class Replicates:
     """One metric of k runs and L labels: on the sample, on every resample, and with patients left out.
 
-    point: (k, L). boot: (R, k, L). jackknife: (J, k, L). counts: (L, 6), see `_count`. seed: of the draws.
+    point: (k, L). boot: (R, k, L). jackknife: (J, k, L). counts: (L, 6), see `class_counts`. seed: of the draws.
     """
 
     point: np.ndarray
@@ -56,7 +56,7 @@ def patient_codes(patients: np.ndarray) -> np.ndarray:
         raise CarinaError(
             f"{missing} of {len(patients)} images have no patient; intervals draw patients, so name one for each image"
         )
-    return np.unique(patients.astype(str), return_inverse=True)[1]
+    return np.unique(patients if patients.dtype.kind in "iuU" else patients.astype(str), return_inverse=True)[1]
 
 
 def patient_resamples(codes: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -86,7 +86,7 @@ def _left_out(count: int) -> Iterator[np.ndarray]:
         yield (member[:, None] != np.arange(start, min(start + chunk, groups))).astype(np.float64)
 
 
-def _count(target: np.ndarray, codes: np.ndarray) -> list[int]:
+def class_counts(target: np.ndarray, codes: np.ndarray) -> list[int]:
     """Positives, negatives, unknowns; patients with a positive, with a negative, with any known target."""
     positive, negative = target == 1, target == 0
     rows = [positive, negative, np.isnan(target)]
@@ -118,18 +118,17 @@ def replicate(
         raise CarinaError(f"resamples={resamples} leaves nothing to draw; 2000 are enough for a 95 % interval")
     codes = patient_codes(patients)
     measure = METRICS[metric]
-    rankings = [[Ranking(target[:, j], run[:, j]) for j in range(target.shape[1])] for run in scores]
+    rankings = [[Ranking(target[:, j], run[:, j], codes) for j in range(target.shape[1])] for run in scores]
 
     def measured(multiplicities: np.ndarray) -> np.ndarray:
-        weights = multiplicities[codes]
-        return np.stack([[measure(ranking, weights) for ranking in run] for run in rankings]).transpose(2, 0, 1)
+        return np.stack([[measure(ranking, multiplicities) for ranking in run] for run in rankings]).transpose(2, 0, 1)
 
     count = int(codes.max()) + 1
     return Replicates(
         point=measured(np.ones((count, 1)))[0],
         boot=np.concatenate([measured(m) for m in patient_resamples(codes, resamples, seed)]),
         jackknife=np.concatenate([measured(m) for m in _left_out(count)]),
-        counts=np.array([_count(column, codes) for column in target.T]),
+        counts=np.array([class_counts(column, codes) for column in target.T]),
         num_patients=count,
         seed=seed,
     )
