@@ -1,13 +1,18 @@
 """Do thresholds keep what they promise? False positives of every anomaly scorer on normal images that nothing has seen.
 
     python benchmarks/false_positives.py store=STORE [backbones=[random,imagenet-lite0,RUN]] [scorers=[gaussian,knn]]
-                                         [folds=[5,10,20]] [scale=128] [repeats=20] [out=FILE.json]
+                                         [folds=[5,10,20]] [scale=128] [repeats=20] [places=[all,lungs]]
+                                         [runs=[RUN,...]] [out=FILE.json]
 
 A scorer is fitted on the normal training images. Its threshold lets 5 % of reference scores pass: those of the
 training normals themselves, each scored without its patient's fold, or those of held-out normals (validation normals
 for the test normals and the other way round). Shown are the share of new normals (validation and test patients) above
 the threshold, and the AUROC of new against reference normals, 0.5 where both are scored alike. Bars: 3 to 8 %, and
-0.5 +- 0.05.
+0.5 +- 0.05. Scorers of maps are shown by every choice of `places`.
+
+`runs` are finished anomaly predictors of this store's training normals, a head that pasting trained among them, which
+nothing here fits anew: their rows rest on held-out normals alone, and on validation normals, from which such a run takes
+its threshold itself and which leaves the test normals as new.
 
 One store has one split, and its chance is in the figures. `repeats` deals the patients of all normals anew, as many
 into training and as many out of it, and gives the mean over the draws: what is left is the bias of the number of folds.
@@ -19,7 +24,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -35,19 +40,29 @@ from carina.data.store import Selection, select
 from carina.draws import permutation
 from carina.errors import CarinaError, nearest
 from carina.files import write_json
-from carina.finetune.anomaly import collect, cross_fitted_distances, distances, fit_scorer, rows_of
+from carina.finetune.anomaly import (
+    collect,
+    cross_fitted_distances,
+    distances,
+    fit_scorer,
+    member_distances,
+    rows_of,
+)
 from carina.metrics.intervals import patient_bootstrap
 from carina.metrics.ranking import auroc
 from carina.metrics.resampling import patient_codes, patient_resamples
 from carina.models.backbones import load_backbone
 from carina.models.features import Region
+from carina.models.predictor import load_predictor
 from carina.models.scorers import SCORERS, Read, ScorerSettings
 from carina.progress import Progress
 from carina.recipes import Section, merge, read_recipe, validate
 from carina.training.engine import pick_device
 
 BAR, AUROC_BAR = (0.03, 0.08), (0.45, 0.55)
-FITTED, HELD_OUT = "the fitted images", "held-out normals"  # references beside cross-fitted ones
+LEAST = 250  # new normals that the bars ask for
+FITTED, HELD_OUT, OWN = "the fitted images", "held-out normals", "validation normals"  # beside cross-fitted ones
+Places = Literal["all", "lungs"]
 
 
 class Arguments(Section):
@@ -55,6 +70,8 @@ class Arguments(Section):
     backbones: Annotated[list[str], Field(min_length=1)]
     architecture: str
     scorers: list[str] | None
+    places: Annotated[list[Places], Field(min_length=1)]
+    runs: list[str]
     layers: list[int] | None
     region: Region
     folds: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)]
@@ -72,6 +89,8 @@ DEFAULTS = {
     "backbones": ["random", "imagenet-lite0"],
     "architecture": "resnet18",  # of random
     "scorers": None,  # null: all that can be fitted on features
+    "places": ["all", "lungs"],
+    "runs": [],
     "layers": None,
     "region": "whole",
     "folds": [5, 10, 20],
@@ -198,6 +217,28 @@ def redealt(read: Read, normals: Normals, settings: ScorerSettings, given: Argum
     return result
 
 
+def finished(run: str, normals: Normals, given: Arguments, device: torch.device) -> dict[str, Any]:
+    """The row of a predictor as it is: held-out normals are its reference."""
+    predictor = load_predictor(run, device)
+    info, member = predictor.info, predictor.members[0]
+    if info["kind"] != "anomaly":
+        raise CarinaError(f"{run} holds no anomaly predictor; give runs of carina finetune anomaly")
+    if info["store_hashes"] != normals.selection.hashes or info["rows"] != "train" or info["folds"] is not None:
+        raise CarinaError(
+            f"{run} was not trained on the training rows of this store; give the store that it was trained on"
+        )
+    if not info["thresholds_from"].startswith(OWN):
+        raise CarinaError(f"the threshold of {run} is not from validation normals; train it with threshold_rows=val")
+    pieces = []
+    for rows in (normals.val, normals.test):
+        pieces.append((member_distances(member, normals.selection.where(rows), device), normals.patients[rows]))
+    one, two = pieces
+    found = {HELD_OUT: [(*one, *two), (*two, *one)], OWN: [(*one, *two)]}
+    known = member.scorer.settings
+    entry = {"backbone": Path(run).name, "scorer": known.name, "places": known.places, "shape": None}
+    return {**entry, "references": {key: figures(value, given) for key, value in found.items()}, "redealt": None}
+
+
 def run(given: Arguments) -> dict[str, Any]:
     """Every row of the table, as JSON values."""
     torch.set_num_threads(given.threads)
@@ -213,26 +254,31 @@ def run(given: Arguments) -> dict[str, Any]:
     normals, device = Normals(given), pick_device()
     mean, std = intensity(normals.selection.where(normals.train), given.scale)
     rows = []
-    with Progress("false positives", len(names) * len(given.backbones), unit="rows") as progress:
+    kinds = [(name, places) for name in names for places in (given.places if SCORERS[name].positions else ["all"])]
+    with Progress("false positives", len(kinds) * len(given.backbones) + len(given.runs), unit="rows") as progress:
         for reference in given.backbones:
             named = f"random:{given.architecture}" if reference == "random" else reference
             backbone = load_backbone(
                 named, size=given.scale, architecture=given.architecture, seed=given.seed, mean=mean, std=std
             )
-            kept: dict[bool, Read] = {}  # pooled features and maps serve several scorers
-            for name in names:
-                own = {"name": name, "layers": given.layers, "sizes": None}
+            kept: dict[tuple[bool, Places], Read] = {}  # pooled features and maps serve several scorers
+            for name, places in kinds:
+                own = {"name": name, "layers": given.layers, "sizes": None, "places": places}
                 settings = validate(ScorerSettings, merge(read_recipe("finetune", "anomaly")["scorer"], own), "scorer")
-                positions, began = SCORERS[name].positions, time.perf_counter()
-                if positions not in kept:
-                    kept[positions] = collect(backbone, normals.selection, given.scale, settings, given.region, device)
-                read = kept[positions]
-                entry = {"backbone": Path(reference).name, "scorer": name, "shape": list(read[0].shape[1:])}
+                reading, began = (SCORERS[name].positions, places), time.perf_counter()
+                if reading not in kept:
+                    kept[reading] = collect(backbone, normals.selection, given.scale, settings, given.region, device)
+                read = kept[reading]
+                entry = {"backbone": Path(reference).name, "scorer": name, "places": places}
+                entry["shape"] = list(read[0].shape[1:])
                 found = references(read, normals, settings, given)
                 entry["references"] = {key: figures(pieces, given) for key, pieces in found.items()}
                 entry["redealt"] = redealt(read, normals, settings, given) if given.repeats else None
                 rows.append(entry)
                 progress.advance(note=f"{name} {time.perf_counter() - began:.0f} s")
+        for run in given.runs:
+            rows.append(finished(run, normals, given, device))
+            progress.advance(note=Path(run).name)
     new = ~normals.train
     return {
         "benchmark": "false_positives",
@@ -256,7 +302,7 @@ def shown(result: dict[str, Any]) -> list[Table]:
         title=("synthetic: " if result["synthetic"] else "") + title,
         caption=f"fitted on {fitted['images']} normals of {fitted['patients']} patients; new: {new['images']} normals "
         f"of {new['patients']} patients; 95 % intervals, patients drawn (those of the reference too); bars {BAR[0]:.0%} "
-        f"to {BAR[1]:.0%}, AUROC {AUROC_BAR[0]} to {AUROC_BAR[1]}",
+        f"to {BAR[1]:.0%}, AUROC {AUROC_BAR[0]} to {AUROC_BAR[1]}, on at least {LEAST} new normals",
         title_justify="left",
         caption_justify="left",
     )
@@ -273,15 +319,16 @@ def shown(result: dict[str, Any]) -> list[Table]:
     for row in result["rows"]:
         for number, (name, figure) in enumerate(row["references"].items()):
             share, area = figure["false_positives"], figure.get("auroc")
-            within = figure["within_bar"] and figure.get("auroc_within_bar", True)
+            within = "yes" if figure["within_bar"] and figure.get("auroc_within_bar", True) else "no"
+            within += f", of {share['images']} only" if share["images"] < LEAST else ""
             table.add_row(
                 "" if number else row["backbone"],
-                "" if number else row["scorer"],
+                "" if number else row["scorer"] + (", lungs" if row["places"] == "lungs" else ""),
                 name,
                 f"{share['value']:.1%} [{share['low']:.1%}, {share['high']:.1%}]",
                 "[{:.1%}, {:.1%}]".format(*share["binomial"]),
                 f"{area['value']:.3f} [{area['low']:.3f}, {area['high']:.3f}]" if area else "",
-                "yes" if within else "no",
+                within,
             )
     tables = [table]
     if given["repeats"]:
@@ -289,11 +336,11 @@ def shown(result: dict[str, Any]) -> list[Table]:
         for head in ("backbone", "scorer", "threshold from", "above it", "AUROC new : reference"):
             dealt.add_column(head)
         for row in result["rows"]:
-            for number, (name, figure) in enumerate(row["redealt"].items()):
+            for number, (name, figure) in enumerate((row["redealt"] or {}).items()):
                 share, area = figure["false_positives"], figure["auroc"]
                 dealt.add_row(
                     "" if number else row["backbone"],
-                    "" if number else row["scorer"],
+                    "" if number else row["scorer"] + (", lungs" if row["places"] == "lungs" else ""),
                     name,
                     f"{share['value']:.2%} +- {share['standard_error']:.2%}",
                     f"{area['value']:.4f} +- {area['standard_error']:.4f}",

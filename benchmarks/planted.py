@@ -3,7 +3,7 @@
     python benchmarks/planted.py store=STORE [runs=[RUN,...]] [primary=RUN] [out=FILE.json] [rows=val+test]
                                  [contrasts=[1,2,4]] [diameters=[0.04,0.08,0.16,0.32]] [images=100] [where=...]
                                  [parts=[curves,patches]] [backbone=imagenet-lite0] [layers=[2,3]] [scale=128]
-                                 [patches=[0.08,0.16,0.32]] [normals=300]
+                                 [patches=[0.08,0.16,0.32]] [places=lungs] [focal=true] [reach=0] [normals=300]
 
 curves: each run is an anomaly predictor; normal images of `rows` are scored as they are and with one nodule planted
 inside the lungs or outside them (carina.imaging.planting), the same image both times. AUROC tells with from without over
@@ -42,7 +42,8 @@ from carina.metrics.resampling import replicate
 from carina.models.backbones import load_backbone
 from carina.models.features import only
 from carina.models.predictor import Member, load_predictor
-from carina.models.scorers import SCORERS
+from carina.models.scorers import SCORERS, Scorer
+from carina.models.scorers.base import highest, parted
 from carina.progress import Progress
 from carina.recipes import Section, build
 from carina.training.engine import pick_device
@@ -68,6 +69,9 @@ class Arguments(Section):
     layers: list[int] | None
     scale: int
     patches: Annotated[list[Positive], Field(min_length=2)]
+    places: Literal["all", "lungs"]
+    focal: bool
+    reach: float
     normals: Annotated[int, Field(ge=10)]
     resamples: Annotated[int, Field(ge=100)]
     seed: int
@@ -87,6 +91,9 @@ DEFAULTS = {
     "layers": [2, 3],
     "scale": 128,
     "patches": [0.08, 0.16, 0.32],
+    "places": "lungs",
+    "focal": True,
+    "reach": 0.0,
     "normals": 300,
     "resamples": 1000,
     "seed": 0,
@@ -138,10 +145,20 @@ def looked_at(member: Member, selection: Selection, seed: int, device, how: dict
     parts = []
     for images, lungs, mask in planted_batches(selection, member.scale, seed, device, how):
         seen = only(images, lungs, member.region)
-        read = member.scorer.read(member.backbone, seen, member.scorer.settings)
-        maps = full_size(member.scorer.maps(read), member.scale) if member.scorer.positions else None
-        parts.append((member.scorer(read).double().cpu().numpy(), maps, mask[:, 0].cpu().numpy()))
+        read = member.scorer.read(member.backbone, seen, member.scorer.settings, lungs)
+        parts.append((*judged(member.scorer, read, member.scale), mask[:, 0].cpu().numpy()))
     return joined(parts)
+
+
+def judged(scorer: Scorer, read: list[torch.Tensor], side: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Distances (B,) and maps (B, side, side), None without positions."""
+    if not scorer.positions:
+        return scorer(read).double().cpu().numpy(), None
+    maps, settings = scorer.maps(read), scorer.settings
+    # their score is of the map, which is what takes the time
+    of_map = settings.name in ("memory", "padim")
+    scores = highest(maps, parted(read, settings)[1], settings) if of_map else scorer(read)
+    return scores.double().cpu().numpy(), full_size(maps, side)
 
 
 def full_size(maps: torch.Tensor, side: int) -> np.ndarray:
@@ -227,7 +244,7 @@ def patches(given: Arguments) -> dict[str, Any]:
     device = pick_device()
     train, selection = normals(given, "train", given.normals), normals(given, given.rows, given.images)
     patients = selection.table["patient_id"].to_numpy()
-    own = {"name": "memory", "layers": given.layers, "patches": given.patches}
+    own = {key: getattr(given, key) for key in ("layers", "patches", "places", "focal", "reach")} | {"name": "memory"}
     settings = build("finetune", FinetuneRecipe, "anomaly", {"scorer": own}).scorer
     backbone = load_backbone(given.backbone, size=given.scale).to(device).eval()
     rows: list[dict[str, Any]] = []
@@ -240,8 +257,8 @@ def patches(given: Arguments) -> dict[str, Any]:
     ):
         for how in hows:
             parts = [
-                ([r.cpu() for r in SCORERS["memory"].read(backbone, images, settings)], mask[:, 0].cpu().numpy())
-                for images, _, mask in planted_batches(selection, given.scale, given.seed, device, how)
+                ([r.cpu() for r in SCORERS["memory"].read(backbone, images, settings, lungs)], mask[:, 0].cpu().numpy())
+                for images, lungs, mask in planted_batches(selection, given.scale, given.seed, device, how)
             ]
             seen.append(parts)
             progress.advance(note="features")
@@ -249,10 +266,9 @@ def patches(given: Arguments) -> dict[str, Any]:
             scorer = fit_scorer(read, settings.model_copy(update={"patches": sizes})).to(device)
             looks = []
             for parts in seen:
-                found = [(scorer.maps([r.to(device) for r in features]), mask) for features, mask in parts]
-                # the memory's score is the maximum of its map
-                scored = [(m.amax(dim=(1, 2)).double().cpu().numpy(), full_size(m, given.scale), k) for m, k in found]
-                looks.append(joined(scored))
+                looks.append(
+                    joined([(*judged(scorer, [r.to(device) for r in f], given.scale), mask) for f, mask in parts])
+                )
                 progress.advance(note=str(sizes))
             cells = [{**how, **cell(looks[0], look, patients, given)} for how, look in zip(hows[1:], looks[1:])]
             known = [row for row in cells if "auroc" in row]

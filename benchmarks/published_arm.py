@@ -18,10 +18,10 @@ from published_anatpaste import SIDE, published, published_mask
 
 from carina.data.batches import Batch
 from carina.finetune import anomaly
-from carina.finetune.protocol_plan import ProtocolRecipe
+from carina.finetune.protocol import read_protocol
 from carina.finetune.run import finetune
 from carina.models.backbones import resize_images
-from carina.recipes import Section, build, merge
+from carina.recipes import Section, merge
 
 DEFAULTS = {"arm": "imagenet_anatpaste", "protocol": "kermany_patients", "seed": 0}
 
@@ -57,7 +57,7 @@ class PublishedPasting(anomaly.Pasting):
 
 
 def work(arguments: Arguments) -> None:
-    protocol = build("protocol", ProtocolRecipe, arguments.protocol, {})
+    protocol = read_protocol(arguments.protocol)
     given = merge(protocol.recipe, protocol.arms[arguments.arm].recipe or {})
     rows = next(iter(protocol.sets.values()))
     given |= {"backbone": protocol.arms[arguments.arm].backbone, "mode": "full", "threshold_rows": None}

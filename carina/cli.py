@@ -90,12 +90,10 @@ def _protocol(args, positionals, overrides):
 
         names = ", ".join(shipped("protocol"))
         raise CarinaError(f"carina finetune protocol needs its name: one of {names}, or a YAML file")
-    from carina.finetune.protocol import protocol
-    from carina.finetune.protocol_page import terminal
-    from carina.finetune.protocol_plan import ProtocolRecipe
+    from carina.finetune.protocol import protocol, read_protocol, terminal
 
     if args.print:
-        return _print_recipe("protocol", ProtocolRecipe, positionals[0], overrides)
+        return _print_resolved(read_protocol(positionals[0], overrides))
     result = protocol(positionals[0], overrides, dry_run=args.dry_run, quiet=args.quiet)
     if not args.json:
         _say_pairs(result) if args.dry_run else _show(terminal(result), width=170)
@@ -255,9 +253,14 @@ VERBS: dict[str, Verb] = {
 
 
 def _print_recipe(stage: str, model, name: str, overrides: list[str]) -> dict[str, Any]:
-    from carina.recipes import build, to_yaml
+    from carina.recipes import build
 
-    recipe = build(stage, model, name, overrides)
+    return _print_resolved(build(stage, model, name, overrides))
+
+
+def _print_resolved(recipe) -> dict[str, Any]:
+    from carina.recipes import to_yaml
+
     print(to_yaml(recipe), end="", file=sys.stderr if "--json" in sys.argv else sys.stdout)
     return recipe.model_dump(mode="json")
 

@@ -30,10 +30,15 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """What `path` is, under ``what``, and its facts; nested dicts and lists of plain values, fit for JSON.
 
     Knows stores (unfinished too), runs, backbones, predictors, evaluations, comparisons, published folders, Parquet
-    files of carina and recipes. Raises CarinaError where nothing of that kind lies.
+    files of carina, recipes, and backbones from elsewhere (``rad-dino:FILE``). Raises CarinaError where nothing of that
+    kind lies.
     """
     place = Path(path)
     if not place.exists():
+        from carina.models.external import adapter_of
+
+        if adapter_of(str(path)) is not None:
+            return _external(str(path))
         raise CarinaError(f"{path} is not there; check the path")
     if place.is_file():
         show = FILES.get(place.suffix.lower())
@@ -109,7 +114,10 @@ def _run(folder: Path) -> dict[str, Any]:
     recipe, environment, metrics = run.recipe(), run.environment(), run.metrics()
     artefact = folder / {"pretrain": "backbone", "finetune": "predictor"}.get(run.stage, run.stage)
     facts: dict[str, Any] = {"what": f"{run.stage} run"}
-    if recipe.get("mode") == "frozen":
+    trainings = sorted(path.parent for path in folder.glob("scale-*/recipe.yaml"))
+    if trainings and not artefact.is_dir():
+        facts["state"] = f"unfinished, {len(trainings)} of {len(recipe['scales'])} scales begun; --resume goes on"
+    elif recipe.get("mode") == "frozen" or trainings:
         facts["state"] = "finished" if artefact.is_dir() else "unfinished; give the command again with --resume"
     else:
         facts |= _progress(run, recipe, metrics, finished=artefact.is_dir())
@@ -191,12 +199,32 @@ def _backbone(folder: Path) -> dict[str, Any]:
     return _without(facts, set())
 
 
+def _external(reference: str) -> dict[str, Any]:
+    from carina.models.external import adapter_of, read_external
+
+    spec = read_external(reference).spec
+    facts = {
+        "what": "backbone from elsewhere",
+        "architecture": spec.name,
+        "origin": spec.origin,
+        "pretext_saw": adapter_of(reference)[0].saw,
+        "input": [spec.channels, spec.size, spec.size],
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "pooling": spec.args.get("global_pool"),
+        "license": spec.license or "not stated",
+        "checksum": spec.checksum,
+    }
+    return _without(facts, set())
+
+
 def _predictor(folder: Path) -> dict[str, Any]:
     info = read_json(folder / "predictor.json")
     members = [
         {
             "backbone": member["backbone"]["name"],
             "origin": member["backbone"]["origin"],
+            **({"checksum": member["backbone"]["checksum"]} if member["backbone"].get("checksum") else {}),
             "scale": member["scale"],
             "size": member["backbone"]["size"],
             "head": "linear" if "head" in member else member["scorer"]["name"],

@@ -1,10 +1,12 @@
-"""The verb publish: backbone or predictor -> the folder that is uploaded, and the upload."""
+"""The verb publish: backbone or predictor -> the folder that is uploaded, the test that it loads, and the upload."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from carina.errors import CarinaError
 from carina.recipes import Section, parse_overrides, validate
@@ -12,16 +14,31 @@ from carina.runs import Run
 
 
 class PublishSettings(Section):
+    """confirm: clauses of upstream terms that the user has cleared. evaluations: folders of evaluations that belong in a
+    backbone's card. onnx: null writes it where its packages are installed. watts: of one process, for the energy."""
+
     repo: str
     out: str
     license: str | None = None
     private: bool = True
     allow_memory: bool = False
+    confirm: str | list[str] | None = None
+    evaluations: str | list[str] | None = None
+    onnx: bool | None = None
+    watts: Annotated[float, Field(gt=0)] | None = None
 
 
 def publish(run: str, overrides: Any = (), *, dry_run: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Write the folder; without ``dry_run`` upload it with the user's token. Private by default."""
-    from carina.models.hub import assemble, upload, verify
+    """Write the folder and load it back; without ``dry_run`` upload it with the user's token. Private by default.
+
+    Refused: weights of sources whose owners want to be asked, until their clauses are confirmed; identifiers, pictures
+    and memories of patients; a folder that gives other numbers than the run.
+    """
+    from carina.data.manifest import find_manifest
+    from carina.models.hub import Told, assemble, clauses_of, load_back, upload, verify
+    from carina.models.hub.clauses import unconfirmed
+    from carina.models.hub.folder import evaluations_of, read_artefact
+    from carina.training.tracking import public
 
     given = overrides if isinstance(overrides, dict) else parse_overrides(overrides)
     settings = validate(PublishSettings, given, "publish")
@@ -29,11 +46,93 @@ def publish(run: str, overrides: Any = (), *, dry_run: bool = False, quiet: bool
         raise CarinaError(f"repo={settings.repo} is not of the form org/name")
     if not dry_run and not settings.license:
         raise CarinaError("an upload needs a license that you choose for these weights; give license=NAME")
-    folder = Path(settings.out)
-    result = assemble(Run.open(run).folder, folder, settings.license, settings.allow_memory)
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(text, file=sys.stderr)
+
+    opened = Run.open(run)
+    artefact = read_artefact(opened.folder)
+    clauses, confirmed = clauses_of(artefact.record), _listed(settings.confirm)
+    _check_known(confirmed, [clause.id for clause in clauses])
+    missing = unconfirmed(clauses, confirmed)
+    if missing and not dry_run:
+        raise CarinaError(
+            " ".join(clause.sentence() + "." for clause in missing)
+            + f" If you may publish these weights, give confirm=[{','.join(c.id for c in clauses)}]"
+        )
+    told = Told(
+        license=settings.license,
+        repo=settings.repo,
+        confirmed=[clause for clause in clauses if clause.id in confirmed],
+        environment=opened.environment(),
+        backbone=_named(opened.recipe().get("backbone") or ""),
+        watts=settings.watts,
+    )
+    manifest, folder = find_manifest(run), Path(settings.out)
+    hashes = set() if manifest is None else set(manifest[["patient_id", "image_id", "content_hash"]].to_numpy().ravel())
+    result = assemble(
+        artefact,
+        folder,
+        told,
+        public(opened.recipe()),
+        metrics=evaluations_of(opened.folder, artefact, _listed(settings.evaluations)),
+        onnx=settings.onnx,
+        allow_memory=settings.allow_memory,
+        hashes=hashes,
+        names=_file_names(artefact.record.get("store_hashes", [])),
+        say=say,
+    )
     verify(folder)
+    differences = load_back(artefact, folder)
+    for clause in missing:
+        say(f"before the upload: {clause.sentence()} (confirm={clause.id})")
     url = None if dry_run else upload(folder, settings.repo, settings.private)
-    if not quiet:
-        where = f"{settings.repo} would receive" if dry_run else f"{url} received"
-        print(f"{where} {len(result['files'])} files, {result['bytes'] / 2**20:.1f} MiB: {folder}", file=sys.stderr)
-    return {**result, "repo": settings.repo, "out": str(folder), "uploaded": url}
+    where = f"{settings.repo} would receive" if dry_run else f"{url} received"
+    say(f"{where} {len(result['files'])} files, {result['bytes'] / 2**20:.1f} MiB: {folder}")
+    say(
+        "loads back in a fresh process: " + ", ".join(f"{name} (differs by {d:.0e})" for name, d in differences.items())
+    )
+    return {
+        **result,
+        "repo": settings.repo,
+        "out": str(folder),
+        "uploaded": url,
+        "private": settings.private,
+        "loads_back": differences,
+        "to_confirm": [{"id": clause.id, "clause": clause.sentence()} for clause in missing],
+    }
+
+
+def _named(backbone: str) -> str:
+    """What a predictor began with, for the command that makes it again: public names only, no folders or files."""
+    from carina.models.external import ADAPTERS
+
+    kind = backbone.partition(":")[0]
+    if backbone.startswith(("random", "timm:", "hub:")) or backbone in ADAPTERS:
+        return backbone
+    return f"{kind}:FILE" if kind in ADAPTERS else "BACKBONE"
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else value or []
+
+
+def _check_known(confirmed: list[str], known: list[str]) -> None:
+    from carina.errors import nearest
+
+    other = next((one for one in confirmed if one not in known), None)
+    if other is not None:
+        asked = f"what can be confirmed here: {', '.join(known)}" if known else "nothing here needs to be confirmed"
+        raise CarinaError(f"confirm={other} is no clause of these weights{nearest(other, known)}; {asked}")
+
+
+def _file_names(store_hashes: list[str]) -> set[str]:
+    """Names of the owner's files, from the private tables beside the key; none where the stores were made elsewhere."""
+    import pyarrow.parquet as pq
+
+    from carina.intake.keys import settings_folder
+
+    tables = [settings_folder() / "paths" / f"{one}.parquet" for one in store_hashes]
+    paths = (Path(p) for t in tables if t.is_file() for p in pq.read_table(t, columns=["path"])["path"].to_pylist())
+    return {name for path in paths for name in (path.stem, path.name)}

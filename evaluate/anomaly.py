@@ -124,7 +124,7 @@ def anomaly_maps(member: Member, selection: Selection, quiet: bool = True) -> np
     member.to(device)
     result = np.empty((len(selection), member.scale, member.scale), dtype=np.float32)
     with Progress("maps", len(selection), unit="images", quiet=quiet) as progress:
-        for rows, images, lungs in with_lungs(selection, member.scale, device, member.region != "whole"):
+        for rows, images, lungs in with_lungs(selection, member.scale, device, member.needs_lungs):
             result[rows] = member.maps(images, lungs).float().cpu().numpy()
             progress.advance(len(images))
     return result

@@ -13,7 +13,10 @@ from torch import nn
 from carina.errors import CarinaError
 from carina.models.backbones import resize_images
 from carina.models.features import only, sized, stages
+from carina.models.heads import LinearHead, MlpHead
 from carina.models.predictor import Member, map_span
+
+POOLED = (LinearHead, MlpHead)  # what reads features that have lost their places
 
 
 class _Tapped(nn.Module):
@@ -23,27 +26,45 @@ class _Tapped(nn.Module):
     def __init__(self, member: Member):
         super().__init__()
         self.member = member
-        settings = member.scorer.settings if member.scorer is not None else None
-        self.layers = settings.layers if settings is not None else None
-        sizes = len(settings.sizes or [0]) if settings is not None else 1
-        self.taps = nn.ModuleList(nn.Identity() for _ in range(sizes * len(self.layers or [0])))
+        if member.head is not None:
+            taps = len(member.head.channels)
+        else:
+            settings = member.scorer.settings
+            taps = len(settings.sizes or [0]) * len(settings.layers or [0])
+        self.taps = nn.ModuleList(nn.Identity() for _ in range(taps))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        member = self.member
-        backbone, taps = member.backbone, iter(self.taps)
-        if member.head is not None:
-            return member.head(self._pooled(resize_images(images, backbone.spec.size), next(taps)))
-        parts = []
-        for view in sized(backbone, images, member.scorer.settings):
-            if self.layers is None:
+        return self._logits(images) if self.member.head is not None else self._distances(images)[:, None]
+
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
+        head, backbone = self.member.head, self.member.backbone
+        view = resize_images(images, backbone.spec.size)
+        if isinstance(head, POOLED):
+            return head([self._pooled(view, self.taps[0])])
+        return head([tap(found) for tap, found in zip(self.taps, head.read(backbone, view))])
+
+    def _distances(self, images: torch.Tensor) -> torch.Tensor:
+        member, taps, parts = self.member, iter(self.taps), []
+        layers = member.scorer.settings.layers
+        for view in sized(member.backbone, images, member.scorer.settings):
+            if layers is None:
                 parts.append(self._pooled(view, next(taps)))
             else:
-                parts += [next(taps)(found).mean(dim=(2, 3)) for found in stages(backbone, view, self.layers)]
-        return member.scorer([torch.cat(parts, dim=1)])[:, None]
+                parts += [next(taps)(found).mean(dim=(2, 3)) for found in stages(member.backbone, view, layers)]
+        return member.scorer([torch.cat(parts, dim=1)])
 
     def _pooled(self, view: torch.Tensor, tap: nn.Module) -> torch.Tensor:
         backbone = self.member.backbone
         network = backbone.network
+        if getattr(network, "global_pool", "") == "token" and hasattr(network, "blocks"):
+            # the class token has gathered everything in the last block, behind which places count nothing
+            hook = network.blocks[-1].register_forward_pre_hook(
+                lambda _, given: (_through(tap, given[0], network), *given[1:])
+            )
+            try:
+                return backbone(view)
+            finally:
+                hook.remove()
         return network.forward_head(_through(tap, network.forward_features(backbone.normalize(view)), network))
 
 
@@ -70,8 +91,8 @@ def heat_maps(
 ) -> np.ndarray:
     """Where one score comes from, (B, S, S) float32 in [0, 1], at image size; 0 shows nothing.
 
-    images: (B, 1, S, S) in [0, 1]. column: of the head (0 for a scorer). lungs: (B, 1, S, S) bool, needed where the
-    member's region is not the whole image. A scorer with positions gives its anomaly map between the values of `span`
+    images: (B, 1, S, S) in [0, 1]. column: of the head (0 for a scorer). lungs: (B, 1, S, S) bool, where the
+    member needs them. A scorer with positions gives its anomaly map between the values of `span`
     (default: those of `map_span` of these very images); the others give Grad-CAM (Selvaraju et al., ICCV 2017) through
     captum, each map scaled by its own maximum, all zeros where nothing speaks for the score.
     """

@@ -24,6 +24,7 @@ from carina.imaging.geometry import Geometry, resize_mask
 from carina.imaging.photometry import Photometry
 from carina.isolation import isolated
 from carina.models.backbones import Backbone, load_backbone
+from carina.models.fetch import fetched
 from carina.models.predictor import load_predictor, map_span
 from carina.progress import Progress
 from carina.recipes import Section, parse_overrides, validate
@@ -111,7 +112,7 @@ def predict(run: str, paths: Sequence[str], *, maps: str | None = None, quiet: b
     predictions, rejected = [], []
     files = expand(paths)
     names, span = _map_names(files), predictor.info.get("map_span")
-    need_lungs = any(member.region != "whole" for member in predictor.members)
+    need_lungs = any(member.needs_lungs for member in predictor.members)
     with Progress("predict", len(files), unit="files", quiet=quiet) as progress:
         for read, images, lungs, bad in read_files(files, predictor.scales, photometry, geometry, need_lungs):
             rejected += bad
@@ -176,7 +177,7 @@ def embed(run: str, sources: Sequence[str], overrides: Any = (), *, quiet: bool 
     """Features of a store's rows (image_id, patient_id, split, features) or of files (path, features) as Parquet."""
     given = overrides if isinstance(overrides, dict) else parse_overrides(overrides)
     settings = validate(EmbedSettings, given, "embed")
-    device = pick_device()
+    device, run = pick_device(), fetched(run)
     backbone = load_backbone(run).to(device).eval()
     if len(sources) == 1 and (Path(sources[0]) / "store.json").is_file():
         selection = select(sources[0], rows=settings.rows, where=settings.where)

@@ -20,7 +20,10 @@ from carina.errors import CarinaError
 from carina.evaluate import anomaly
 from carina.evaluate.report import build_report
 from carina.evaluate.report.content import report_content
-from carina.files import read_json, write_json, write_table
+from carina.evaluate.report.figures import stack_chart
+from carina.evaluate.scales import scale_table
+from carina.evaluate.studies import Level, Pool, Pooling
+from carina.files import atomic_path, read_json, write_json, write_table
 from carina.metrics.intervals import interval
 from carina.metrics.ranking import BELOW_CHANCE, false_positive_rate
 from carina.metrics.resampling import replicate
@@ -43,6 +46,8 @@ class EvaluateRecipe(Section):
     store: str | list[str] | None
     split: str
     where: str | None
+    level: Level
+    pool: Pool
     out: str | None
     resamples: Annotated[int, Field(ge=100)]
     examples: Annotated[int, Field(ge=0, le=200)]
@@ -50,22 +55,26 @@ class EvaluateRecipe(Section):
     seed: int
 
 
-def score_selection(predictor: Predictor, selection: Selection, quiet: bool = True) -> np.ndarray:
-    """(N, L) float64 scores of all rows, every member at its own scale."""
+def member_scores(predictor: Predictor, selection: Selection, quiet: bool = True) -> list[np.ndarray]:
+    """Scores (N, L) float64 of all rows by each member, at its own scale."""
     device = pick_device()
     for scale in predictor.scales:
         for store in selection.stores:
             store.check_scale(scale)
-    result = np.zeros((len(selection), len(predictor.labels)))
+    result = [np.empty((len(selection), len(predictor.labels))) for _ in predictor.members]
     total = len(selection) * len(predictor.members)
     with Progress("score", total, unit="images", quiet=quiet) as progress, torch.no_grad():
-        for number, member in enumerate(predictor.members):
+        for member, found in zip(predictor.members, result):
             member.to(device)
-            weights = np.array([predictor.info["stack"][label][number] for label in predictor.labels])
-            for rows, images, lungs in with_lungs(selection, member.scale, device, member.region != "whole"):
-                result[rows] += member.scores(images, lungs).double().cpu().numpy() * weights
+            for rows, images, lungs in with_lungs(selection, member.scale, device, member.needs_lungs):
+                found[rows] = member.scores(images, lungs).double().cpu().numpy()
                 progress.advance(len(images))
     return result
+
+
+def score_selection(predictor: Predictor, selection: Selection, quiet: bool = True) -> np.ndarray:
+    """(N, L) float64 scores of all rows by the predictor."""
+    return predictor.combine(member_scores(predictor, selection, quiet))
 
 
 def evaluation_rows(predictor: Predictor, recipe: EvaluateRecipe) -> Selection:
@@ -91,27 +100,32 @@ def evaluation_rows(predictor: Predictor, recipe: EvaluateRecipe) -> Selection:
     return selection if recipe.split == "all" else selection.split(*recipe.split.split("+"))
 
 
-def _score_run(folder: str, recipe: EvaluateRecipe, quiet: bool) -> tuple[Predictor, Selection, np.ndarray, dict]:
+def _score_run(
+    folder: str, recipe: EvaluateRecipe, quiet: bool
+) -> tuple[tuple[Predictor, Selection, np.ndarray, dict], list[np.ndarray]]:
+    """(predictor, rows, scores, overlap), and the scores of each member."""
     predictor = load_predictor(folder)
     selection = evaluation_rows(predictor, recipe)
     if not len(selection):
         raise CarinaError(f"no row has split={recipe.split}; carina inspect STORE shows the splits there are")
     predictor.check_prepared(selection.photometry, selection.geometry, "the store")
-    scores = score_selection(predictor, selection, quiet)
-    return predictor, selection, scores, overlap(find_manifest(folder), selection)
+    parts = member_scores(predictor, selection, quiet)
+    return (predictor, selection, predictor.combine(parts), overlap(find_manifest(folder), selection)), parts
 
 
-def predictions_frame(predictor: Predictor, selection: Selection, scores: np.ndarray) -> pd.DataFrame:
-    """The long table: one row per image and label; targets NaN where unknown or uncertain."""
-    targets = to_targets(selection.targets(predictor.labels))
-    frames = []
-    for column, label in enumerate(predictor.labels):
-        frame = selection.table[FACTS].copy()
-        frame["fold"] = -1 if predictor.info["fold"] is None else predictor.info["fold"]
-        frame["seed"] = predictor.info["seed"]
-        frame["label"] = label
-        frame["target"], frame["score"] = targets[:, column], scores[:, column]
-        frames.append(frame)
+def predictions_frame(
+    predictor: Predictor, selection: Selection, scores: np.ndarray, level: Level = "image", pool: Pool = "max"
+) -> pd.DataFrame:
+    """The long table: one row per image (or study, or patient) and label; targets NaN where unknown or uncertain."""
+    pooling = Pooling(selection.table, level, pool)
+    targets, scores = pooling.targets(to_targets(selection.targets(predictor.labels))), pooling.scores(scores)
+    facts = pooling.table(selection.table, FACTS)
+    facts["fold"] = -1 if predictor.info["fold"] is None else predictor.info["fold"]
+    facts["seed"] = predictor.info["seed"]
+    frames = [
+        facts.assign(label=label, target=targets[:, column], score=scores[:, column])
+        for column, label in enumerate(predictor.labels)
+    ]
     return pd.concat(frames, ignore_index=True)[COLUMNS]
 
 
@@ -205,18 +219,22 @@ def evaluate(runs: str, overrides: Any = (), *, quiet: bool = False) -> dict[str
         raise CarinaError("several runs are pooled only as folds of one; give split=fold, or evaluate them one by one")
     if len(folders) > 1 and not recipe.out:
         raise CarinaError("several folds need a place for the pooled result; give out=DIR")
-    out = Path(recipe.out) if recipe.out else Path(folders[0]) / "evaluations" / recipe.split.replace("+", "-")
+    name = recipe.split.replace("+", "-")
+    name += "" if recipe.level == "image" else f"-{recipe.level}-{recipe.pool}"
+    out = Path(recipe.out) if recipe.out else Path(folders[0]) / "evaluations" / name
     _check_free(out, recipe)
-    done = [_score_run(folder, recipe, quiet) for folder in folders]
+    done, parts = zip(*(_score_run(folder, recipe, quiet) for folder in folders))
     predictor, selection = done[0][0], done[0][1]
     labels = predictor.labels
     _same_protocol([entry[0] for entry in done])
-    frame = pd.concat([predictions_frame(p, s, scores) for p, s, scores, _ in done], ignore_index=True)
+    framed = (recipe.level, recipe.pool)
+    frame = pd.concat([predictions_frame(p, s, scores, *framed) for p, s, scores, _ in done], ignore_index=True)
     if frame.duplicated(["image_id", "label"]).any():
         raise CarinaError("two of these runs scored the same images; give each fold once")
     if frame["image_id"].nunique() < MIN_ROWS:
         raise CarinaError(f"{frame['image_id'].nunique()} image is too few to evaluate; widen split= or where=")
-    thresholds = predictor.info["thresholds"] if len(done) == 1 else None
+    # thresholds were set on images; the greatest of several scores exceeds them more often
+    thresholds = predictor.info["thresholds"] if len(done) == 1 and recipe.level == "image" else None
     table = metric_table(frame, labels, thresholds, recipe)
     seen = done[0][3] if len(done) == 1 else pooled_overlap([entry[3] for entry in done])
     sentence = overlap_sentence(seen)
@@ -229,7 +247,10 @@ def evaluate(runs: str, overrides: Any = (), *, quiet: bool = False) -> dict[str
         "backbone": predictor.members[0].backbone.spec.origin,
         "split": recipe.split,
         "where": recipe.where,
-        "images": int(frame["image_id"].nunique()),
+        "level": recipe.level,
+        "pool": recipe.pool if recipe.level != "image" else None,
+        "images": sum(len(rows) for _, rows, _, _ in done),
+        "units": int(frame["image_id"].nunique()),
         "patients": int(frame["patient_id"].nunique()),
         "labels": labels,
         "score": predictor.info["score"],
@@ -245,10 +266,14 @@ def evaluate(runs: str, overrides: Any = (), *, quiet: bool = False) -> dict[str
         "labels_hashes": selection.labels_hashes,
         "resamples": recipe.resamples,
         "table": table,
+        "scales": scale_table(done, parts, recipe) if len(predictor.members) > 1 else None,
         **(_beyond(done, table, recipe, quiet) if predictor.info["kind"] == "anomaly" else {}),
     }
     write_table(out / "predictions.parquet", frame.assign(age=frame["age"].astype(np.float32)))
     write_json(out / "metrics.json", result)
+    if result["scales"]:
+        with atomic_path(out / "scales.png") as temporary:
+            temporary.write_bytes(stack_chart(result["scales"], bool(synthetic), "png"))
     build_report(out, report_content(result, frame, done, folders[0], recipe.examples))
     return {**result, "out": str(out), "report": str(out / "report.html")}
 
@@ -258,7 +283,9 @@ def _beyond(done: list[tuple], table: list[dict], recipe: EvaluateRecipe, quiet:
     predictor, selection = done[0][0], done[0][1]
     member = predictor.members[0]
     controls, words = [], []
-    if recipe.controls:
+    if recipe.level != "image":
+        words.append(f"Control rows and maps are of images, so they are left out at the level of {recipe.level}.")
+    elif recipe.controls:
         parts = [(p, s) for p, s, _, _ in done]
         controls, why = anomaly.measured_controls(parts, recipe.store, recipe.resamples, recipe.seed, quiet)
         words += [why] if why else []
@@ -267,7 +294,7 @@ def _beyond(done: list[tuple], table: list[dict], recipe: EvaluateRecipe, quiet:
     if low:
         words.append(f"Below chance ({', '.join(dict.fromkeys(low))}): {BELOW_CHANCE}.")
     found = None
-    if len(done) == 1:  # maps of several fits have no common unit
+    if len(done) == 1 and recipe.level == "image":  # maps of several fits have no common unit
         found = anomaly.measured_maps(predictor, selection, recipe.resamples, recipe.seed, quiet)
     return {
         "scorer": member.scorer.settings.name,
@@ -282,8 +309,10 @@ def _check_free(out: Path, recipe: EvaluateRecipe) -> None:
     """An evaluation may be made again, but never replaced by one of other rows."""
     if (out / "metrics.json").is_file():
         old = read_json(out / "metrics.json")
+        pool = recipe.pool if recipe.level != "image" else None
         now = {"split": recipe.split, "where": recipe.where, "store_hashes": select(recipe.store).hashes}
-        other = [key for key, value in now.items() if old.get(key) != value]
+        now |= {"level": recipe.level, "pool": pool}
+        other = [key for key, value in now.items() if {"level": "image", **old}.get(key) != value]
         if other:
             raise CarinaError(
                 f"{out} holds an evaluation of other rows ({', '.join(other)} differ); choose another out="
@@ -308,6 +337,7 @@ def terminal_table(result: dict[str, Any]) -> Any:
 
     detects = result["kind"] == "anomaly"
     title = f"{result['kind']} {result['mode']}, split {result['split']}, {result['patients']} patients"
+    title += f", level {result['level']} ({result['pool']})" if result["pool"] else ""
     title += f", {result['scorer']}, {result['region']}" if detects else ""
     table = Table(title=title + (" (synthetic)" if result["synthetic"] else ""), caption=result["overlap_sentence"])
     names = ["label", "AUROC", "95 % interval", "average precision"]
@@ -320,6 +350,8 @@ def terminal_table(result: dict[str, Any]) -> Any:
         cells += [result["pretext_saw"], result["labels_used"]] * detects
         table.add_row(*cells, row["note"])
     shown = [table]
+    if result.get("scales"):
+        shown.append(_scales_table(result["scales"]))
     if result.get("controls"):
         shown.append(Table(title="control rows", caption="pretext saw: nothing; labels used: the normal flag"))
         for name in ("control", "method", "AUROC", "95 % interval", "average precision", "FPR at 95 % TPR"):
@@ -337,6 +369,25 @@ def terminal_table(result: dict[str, Any]) -> Any:
         for row in anomaly.localization_rows(found):
             shown[-1].add_row(row["name"], *_figures(row["found"]), _three(row["chance"]), row["words"])
     return Group(*shown, *result.get("words", []))
+
+
+def _scales_table(found: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(
+        title="scales", caption=f"weights from {found['from']}; the best scale of these images flatters itself"
+    )
+    for name in ("label", "scale", "weight", "AUROC", "95 % interval", "stack minus scale", "95 % interval", "best"):
+        table.add_column(name)
+    for label in dict.fromkeys(row["label"] for row in found["rows"]):
+        best = found["best"].get(label, {})
+        for row in (row for row in found["rows"] if row["label"] == label):
+            words = [
+                word for word, key in (("here", "scale"), ("in training", "chosen")) if best.get(key) == row["scale"]
+            ]
+            cells = [label, str(row["scale"]), _three(row["weight"]), *_figures(row["auroc"])]
+            table.add_row(*cells, *_figures(row["stack_minus"]), " and ".join(words))
+    return table
 
 
 def _figures(found: dict[str, Any]) -> tuple[str, str]:

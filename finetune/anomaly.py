@@ -67,10 +67,11 @@ def fixed_norms(recipe: FinetuneRecipe) -> bool:
 # -- what a scorer reads, and what it says ------------------------------------------------------------------------------
 
 
-def region_images(selection: Selection, scale: int, region: Region, device: torch.device):
-    """All rows in order: (slice, images (B, 1, S, S) with everything outside the region black)."""
-    for rows, images, lungs in with_lungs(selection, scale, device, region != "whole"):
-        yield rows, only(images, lungs, region)
+def region_images(selection: Selection, scale: int, region: Region, places: str, device: torch.device):
+    """All rows in order: (images (B, 1, S, S) with everything outside the region black, lungs or None where neither the
+    region nor the scorer's `places` need them)."""
+    for _, images, lungs in with_lungs(selection, scale, device, region != "whole" or places == "lungs"):
+        yield only(images, lungs, region), lungs
 
 
 @torch.no_grad()
@@ -87,8 +88,9 @@ def collect(
     backbone = backbone.to(device).eval()
     parts: list[list[np.ndarray]] = []
     with Progress("features", len(selection), unit="images", quiet=quiet) as progress:
-        for _, images in region_images(selection, scale, region, device):
-            parts.append([part.cpu().numpy() for part in SCORERS[settings.name].read(backbone, images, settings)])
+        for images, lungs in region_images(selection, scale, region, settings.places, device):
+            read = SCORERS[settings.name].read(backbone, images, settings, lungs)
+            parts.append([part.cpu().numpy() for part in read])
             progress.advance(len(images))
     return [np.concatenate(columns) for columns in zip(*parts)]
 
@@ -111,13 +113,17 @@ def distances(scorer: Scorer, read: Read, batch_size: int = 256) -> np.ndarray:
     return np.concatenate(values) if values else np.empty(0)
 
 
+def member_images(member: Member, selection: Selection, device: torch.device):
+    return region_images(selection, member.scale, member.region, member.scorer.settings.places, device)
+
+
 @torch.no_grad()
 def member_distances(member: Member, selection: Selection, device: torch.device) -> np.ndarray:
     """(N,) float64 of a member's scorer, nothing kept of what it reads."""
     member = member.to(device).eval()
     values = [
-        member.distances(images).double().cpu().numpy()
-        for _, images in region_images(selection, member.scale, member.region, device)
+        member.distances(images, lungs).double().cpu().numpy()
+        for images, lungs in member_images(member, selection, device)
     ]
     return np.concatenate(values) if values else np.empty(0)
 
@@ -126,8 +132,8 @@ def member_distances(member: Member, selection: Selection, device: torch.device)
 def member_maps(member: Member, selection: Selection, device: torch.device) -> np.ndarray:
     """(N, S, S) float32 anomaly maps of a member whose scorer knows positions."""
     member = member.to(device).eval()
-    images = (images for _, images in region_images(selection, member.scale, member.region, device))
-    return np.concatenate([member.region_maps(part).float().cpu().numpy() for part in images])
+    parts = member_images(member, selection, device)
+    return np.concatenate([member.region_maps(images, lungs).float().cpu().numpy() for images, lungs in parts])
 
 
 # -- honest thresholds and selection ------------------------------------------------------------------------------------
@@ -212,6 +218,8 @@ def check(recipe: FinetuneRecipe) -> None:
         raise CarinaError("patients= counts labelled patients of classify; anomaly uses every normal of the rows")
     if recipe.scorer.name == "head" and recipe.mode == "frozen":
         raise CarinaError("scorer.name=head is the head that pasting trains; give mode=full, or another scorer")
+    if recipe.scorer.places == "lungs":
+        check_places(recipe)
     if recipe.region == "background" and recipe.mode == "full" and recipe.pasting.method in NEEDS_MASKS:
         raise CarinaError(
             f"{recipe.pasting.method} pastes into the lungs, which region=background leaves out; give another pasting.method"
@@ -232,6 +240,18 @@ def check(recipe: FinetuneRecipe) -> None:
         )
     if recipe.select == "validation" and not recipe.threshold_rows:
         raise CarinaError("select=validation needs labelled validation rows; give threshold_rows=SPLIT")
+
+
+def check_places(recipe: FinetuneRecipe) -> None:
+    """Refuse scorer.places=lungs where nothing knows places, or the lungs are black."""
+    name = recipe.scorer.name
+    if not (SCORERS[name].positions or (name == "head" and recipe.pasting.target == "map")):
+        raise CarinaError(
+            f"scorer.places=lungs chooses places of maps and scorer.name={name} reads none; give memory, patchcore, padim or "
+            "the head of pasting.target=map, or leave it out"
+        )
+    if recipe.region == "background":
+        raise CarinaError("scorer.places=lungs judges the lungs, which region=background leaves out; leave one of them out")
 
 
 def pool_words(count: int, prevalence: float | None) -> list[str]:

@@ -139,16 +139,25 @@ def notes(result: dict[str, Any], table: dict[str, Any]) -> list[str]:
 
 
 def markdown(result: dict[str, Any]) -> str:
+    return pages(result, grids(result))
+
+
+def terminal(result: dict[str, Any]) -> Any:
+    return tables(result, grids(result))
+
+
+def pages(result: dict[str, Any], found: list[Grid]) -> str:
+    """A page of Markdown."""
     parts = [f"# {result['title']}", result["about"], *result["remarks"]]
     if result["left_out"]:
         parts.append(f"Left out: {'; '.join(result['left_out'])}.")
-    for title, heads, rows, said in grids(result):
+    for title, heads, rows, said in found:
         lines = [f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows]]
         parts += [f"## {title}", *said, "\n".join(lines)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def terminal(result: dict[str, Any]) -> Any:
+def tables(result: dict[str, Any], found: list[Grid]) -> Any:
     """The same as a group of rich tables."""
     from rich.console import Group
     from rich.markup import escape
@@ -157,7 +166,7 @@ def terminal(result: dict[str, Any]) -> Any:
     parts: list[Any] = [escape(text) for text in (result["about"], *result["remarks"]) if text]
     if result["left_out"]:
         parts.append(escape(f"Left out: {'; '.join(result['left_out'])}."))
-    for title, heads, rows, notes in grids(result):
+    for title, heads, rows, notes in found:
         table = Table(
             title=escape(title), title_justify="left", caption=escape("\n".join(notes)), caption_justify="left"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +13,8 @@ from pydantic import Field
 from carina.data.labels import ABNORMAL, to_targets
 from carina.data.splits import linked_patients, stable_folds
 from carina.data.store import Selection, select
-from carina.errors import CarinaError, nearest
+from carina.errors import CarinaError
+from carina.finetune.protocol_base import BasePlan, BaseRecipe, Names
 from carina.finetune.recipe import FinetuneRecipe
 from carina.finetune.run import training_rows
 from carina.models.features import Region
@@ -25,8 +26,6 @@ DECIDED = {
     "task", "labels", "store", "out", "where", "rows", "threshold_rows", "folds", "fold", "patients", "draw", "backbone",
     "mode", "region", "scorer", "contamination", "pool_rows", "pool_prevalence", "seed",
 }  # fmt: skip
-
-Names = Annotated[list[str], Field(min_length=1)]
 
 
 class Counts(Section):
@@ -93,27 +92,19 @@ class Published(Section):
     source: str
 
 
-class ProtocolRecipe(Section):
+class ProtocolRecipe(BaseRecipe):
     """Values and their meaning stand in configs/protocol/default.yaml."""
 
-    title: Annotated[str, Field(min_length=1)]
-    about: str
-    store: str | list[str] | dict[str, str | list[str]] | None
-    out: str | None
+    task: Literal["anomaly"]
     check: bool
     sets: Annotated[dict[str, RowSet], Field(min_length=1)]
-    recipe: dict[str, Any]
     arms: Annotated[dict[str, Arm], Field(min_length=1)]
-    backbones: dict[str, str | None]
     scorers: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     regions: Annotated[list[Region], Field(min_length=1)]
     seeds: Annotated[list[int], Field(min_length=1)]
-    only: Names | None
     primary: Primary | None
     contamination: Contamination | None
     published: list[Published]
-    resamples: Annotated[int, Field(ge=100)]
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -171,21 +162,18 @@ class Fit:
     held_out: Selection | None
 
 
-class Plan:
+class Plan(BasePlan[ProtocolRecipe]):
     """A protocol on the stores that were given.
 
-    stores: by set, those that have one. arms: those whose backbone is given, as `load_backbone` takes it. units: in the
-    order in which they run. counts: images and patients by set. published: what may stand below the tables. left_out and
-    remarks: what the tables must say. Raises CarinaError for whatever can be refused before anything is computed.
+    units: in the order in which they run. counts: images and patients by set. published: what may stand below the tables.
+    Raises CarinaError for whatever can be refused before anything is computed.
     """
 
     def __init__(self, recipe: ProtocolRecipe):
-        self.recipe = recipe
-        self.left_out: list[str] = []
-        self.remarks: list[str] = []
+        super().__init__(recipe)
         self._check_names()
-        self.stores = self._stores()
-        self.arms = self._arms()
+        self.stores = self.given_stores()
+        self.arms = self.given_arms()
         # what is quick comes first, and every arm has its first seed before any has its second
         self.units = sorted(self._units(), key=lambda unit: (unit.share > 0, unit.full, recipe.seeds.index(unit.seed)))
         self.published = list(recipe.published)
@@ -194,56 +182,18 @@ class Plan:
     def _check_names(self) -> None:
         r = self.recipe
 
-        def known(what: str, asked: Iterable[str], there: Iterable[str]) -> None:
-            for name in asked:
-                if name not in there:
-                    raise CarinaError(f"protocol: {what} '{name}' is none of {', '.join(there)}{nearest(name, there)}")
-
         rows = [r.primary, r.primary.reference] if r.primary else []
-        known("primary.set", [r.primary.set] if r.primary else [], r.sets)
+        self.known("primary.set", [r.primary.set] if r.primary else [], r.sets)
         for what, arms, scorers in (
             ("only", r.only or [], []),
             ("primary", [row.arm for row in rows], [row.scorer for row in rows]),
             *((f"arms.{name}.scorers", [], arm.scorers or []) for name, arm in r.arms.items()),
             ("contamination", r.contamination.arms, r.contamination.scorers) if r.contamination else ("", [], []),
         ):
-            known(what, arms, r.arms)
-            known(what, scorers, r.scorers)
+            self.known(what, arms, r.arms)
+            self.known(what, scorers, r.scorers)
         if r.contamination and not set(r.contamination.seeds) <= set(r.seeds):
             raise CarinaError("protocol: contamination.seeds must be among seeds, whose clean rows stand beside them")
-
-    def _stores(self) -> dict[str, str | list[str]]:
-        given, names = self.recipe.store, list(dict.fromkeys(rows.store for rows in self.recipe.sets.values()))
-        form = "store=FOLDER" if len(names) == 1 else " ".join(f"store.{name}=FOLDER" for name in names)
-        if not given:
-            raise CarinaError(f"a protocol needs the stores that its sets name; give {form}")
-        if not isinstance(given, dict):
-            if len(names) > 1:
-                raise CarinaError(f"this protocol reads {len(names)} stores; give {form}, or one of them")
-            given = {names[0]: given}
-        for name in given:
-            if name not in names:
-                raise CarinaError(f"this protocol reads no store '{name}'{nearest(name, names)}; give {form}")
-        for name, rows in self.recipe.sets.items():
-            if rows.store not in given:
-                self.left_out.append(f"set {name}: store.{rows.store}= is not given")
-        return {name: given[rows.store] for name, rows in self.recipe.sets.items() if rows.store in given}
-
-    def _arms(self) -> dict[str, Arm]:
-        asked_for = [arm.backbone for arm in self.recipe.arms.values()]
-        for name in self.recipe.backbones:
-            if name not in asked_for:
-                raise CarinaError(f"no arm asks for backbones.{name}{nearest(name, asked_for)}; leave it out")
-        arms = {}
-        for name, arm in self.recipe.arms.items():
-            reference = self.recipe.backbones.get(arm.backbone, arm.backbone)
-            if self.recipe.only and name not in self.recipe.only:
-                self.left_out.append(f"arm {name}: not asked for (only=)")
-            elif reference is None:
-                self.left_out.append(f"arm {name}: backbones.{arm.backbone}= is not given")
-            else:
-                arms[name] = arm.model_copy(update={"backbone": reference})
-        return arms
 
     def _units(self) -> Iterator[Unit]:
         seeds, mixed = self.recipe.seeds, self.recipe.contamination

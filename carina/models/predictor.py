@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import expit, logit
 from torch import nn
 
 from carina.errors import CarinaError
 from carina.files import atomic_folder, read_json, write_json
-from carina.models.backbones import Backbone, load_backbone
+from carina.models.backbones import Backbone, load_backbone, resize_images
 from carina.models.checkpoints import load_tensors, save_tensors, write_backbone
 from carina.models.features import Region, only
+from carina.models.fetch import fetched
+from carina.models.heads import Head, head_from_facts
+from carina.models.scales import FILE as SCALES
 from carina.models.scorers import SCORERS, Scorer, ScorerSettings
 
 FILE = "predictor.json"
+EDGE = 1e-15  # how near a probability may come to 0 and 1 before its logit is taken
 DARK, BRIGHT = 0.95, 0.999  # shares of the pixels of normal images' maps between which their values are drawn
 
 
 class Member(nn.Module):
-    """One backbone at one scale with a head (logits, one a label) or a scorer (distance), seeing one region."""
+    """One backbone at one scale with a head (logits, one a label) or a scorer (distance), seeing one region.
+
+    scale: what is read from the store, in pixels; `backbone.spec.size` is what enters the network. Members of several
+    scales may share a network and a head: then their backbones differ in the spec alone.
+    """
 
     def __init__(
         self,
         backbone: Backbone,
         scale: int,
-        head: nn.Linear | None,
+        head: Head | None,
         scorer: Scorer | None,
         region: Region = "whole",
     ):
@@ -39,30 +49,35 @@ class Member(nn.Module):
     def scores(self, images: torch.Tensor, lungs: torch.Tensor | None = None) -> torch.Tensor:
         """Images (B, 1, S, S) in [0, 1] -> probabilities (B, L), or distances (B, 1).
 
-        lungs: (B, 1, S, S) bool, needed where `region` is not the whole image.
+        lungs: (B, 1, S, S) bool, where `needs_lungs`.
         """
         images = only(images, lungs, self.region)
         if self.scorer is not None:
-            return self.distances(images)[:, None]
-        return self.from_features(self.backbone.features(images))
+            return self.distances(images, lungs)[:, None]
+        return torch.sigmoid(self.logits(images).double())  # in float32 what is sure would tie at 1
 
-    def from_features(self, features: torch.Tensor) -> torch.Tensor:
-        """Pooled features (B, D) -> probabilities (B, L)."""
-        return torch.sigmoid(self.head(features))
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, L) of images that show the region alone, by the head."""
+        return self.head(self.head.read(self.backbone, resize_images(images, self.backbone.spec.size)))
 
-    def distances(self, images: torch.Tensor) -> torch.Tensor:
+    @property
+    def needs_lungs(self) -> bool:
+        """Whether it sees less than the whole image, or judges places in the lungs alone."""
+        return self.region != "whole" or (self.scorer is not None and self.scorer.settings.places == "lungs")
+
+    def distances(self, images: torch.Tensor, lungs: torch.Tensor | None = None) -> torch.Tensor:
         """(B,) of images that show the region alone."""
-        return self.scorer(self.scorer.read(self.backbone, images, self.scorer.settings))
+        return self.scorer(self.scorer.read(self.backbone, images, self.scorer.settings, lungs))
 
     def maps(self, images: torch.Tensor, lungs: torch.Tensor | None = None) -> torch.Tensor | None:
         """Anomaly maps (B, S, S) at the size of the images, higher is worse; None where the scorer knows no positions."""
         if self.scorer is None or not self.scorer.positions:
             return None
-        return self.region_maps(only(images, lungs, self.region))
+        return self.region_maps(only(images, lungs, self.region), lungs)
 
-    def region_maps(self, images: torch.Tensor) -> torch.Tensor:
+    def region_maps(self, images: torch.Tensor, lungs: torch.Tensor | None = None) -> torch.Tensor:
         """(B, S, S) of images that show the region alone, by a scorer that knows positions."""
-        found = self.scorer.maps(self.scorer.read(self.backbone, images, self.scorer.settings))
+        found = self.scorer.maps(self.scorer.read(self.backbone, images, self.scorer.settings, lungs))
         return F.interpolate(found[:, None], images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
 
 
@@ -83,13 +98,31 @@ class Predictor:
 
     @torch.no_grad()
     def scores(self, images: dict[int, torch.Tensor], lungs: dict[int, torch.Tensor] | None = None) -> np.ndarray:
-        """(B, L) float64 from images (and lungs, where a member needs them) by scale, members weighted as the stack says."""
-        weights = self.info["stack"]
-        total = 0.0
-        for number, member in enumerate(self.members):
-            values = member.scores(images[member.scale], (lungs or {}).get(member.scale)).double().cpu().numpy()
-            total = total + values * np.array([weights[label][number] for label in self.labels])
-        return np.asarray(total)
+        """(B, L) float64 from images (and lungs, where a member needs them) by scale."""
+        return self.combine(
+            [
+                member.scores(images[member.scale], (lungs or {}).get(member.scale)).double().cpu().numpy()
+                for member in self.members
+            ]
+        )
+
+    def combine(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """(B, L) float64 from the scores (B, L) of each member: their mean, weighted by finding as the stack says, and
+        for probabilities the temperature of each finding on the logit of that mean."""
+        weights = np.array([self.info["stack"][label] for label in self.labels])
+        return calibrated(stacked(parts, weights), self.temperatures) if self.calibrates else stacked(parts, weights)
+
+    def leading(self, column: int) -> Member:
+        """The member with the greatest weight for a finding, the first among equals: whose maps show it."""
+        return self.members[int(np.argmax(self.info["stack"][self.labels[column]]))]
+
+    @property
+    def calibrates(self) -> bool:
+        return any(value != 1 for value in self.info.get("temperature", {}).values())
+
+    @property
+    def temperatures(self) -> np.ndarray:
+        return np.array([self.info["temperature"][label] for label in self.labels])
 
     def check_prepared(self, photometry: dict[str, Any], geometry: dict[str, Any], where: str) -> None:
         """Refuse images that were prepared otherwise than those the predictor was trained on."""
@@ -99,6 +132,21 @@ class Predictor:
                     f"{where} was prepared with {name} {theirs}, the predictor was trained on {self.info[name]}; prepare "
                     "the store with the same settings"
                 )
+
+
+def stacked(parts: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    """Scores (B, L) of M members -> their mean (B, L) float64, weighted by label. weights: (L, M), rows summing to 1."""
+    return sum(np.asarray(part, dtype=np.float64) * weights[:, number] for number, part in enumerate(parts))
+
+
+def logits_of(probabilities: np.ndarray) -> np.ndarray:
+    """Logits, finite where a probability has been rounded to 0 or 1."""
+    return logit(np.clip(probabilities, EDGE, 1 - EDGE))
+
+
+def calibrated(probabilities: np.ndarray, temperatures: np.ndarray | float) -> np.ndarray:
+    """Probabilities (B, L) -> sigmoid(logit(p) / T) by label, T > 0 (Guo et al., ICML 2017)."""
+    return expit(logits_of(probabilities) / temperatures)
 
 
 def map_span(maps: np.ndarray) -> tuple[float, float]:
@@ -112,50 +160,69 @@ def map_span(maps: np.ndarray) -> tuple[float, float]:
 
 
 def save_predictor(folder: Path, predictor: Predictor, card: str) -> None:
-    """predictor.json, member-N.safetensors (head or scorer) and member-N/ (backbone), as one atomic folder."""
+    """predictor.json, member-N.safetensors (head or scorer) and member-N/ (backbone), as one atomic folder.
+
+    What members share is written once: `weights` and `tensors` of an entry number the member that it lies with.
+    """
     with atomic_folder(folder) as temporary:
-        entries = []
+        entries: list[dict[str, Any]] = []
+        networks, parts = {}, {}
         for number, member in enumerate(predictor.members):
+            part = member.scorer if member.head is None else member.head
             if member.head is not None:
-                part, entry = member.head, {"head": {"name": "linear"}}
+                entry = {"head": member.head.facts()}
             else:
-                part, entry = member.scorer, {"scorer": member.scorer.facts(), "region": member.region}
-            save_tensors(temporary / f"member-{number}.safetensors", part.state_dict())
-            saw = predictor.info["pretext_saw"]
-            saw += f", then {predictor.info['finetune_saw']}" if predictor.info["mode"] == "full" else ""
-            record = {"kind": "member", "pretext_saw": saw, "transductive": predictor.info["transductive"]}
-            write_backbone(temporary / f"member-{number}", member.backbone, record, card)
+                entry = {"scorer": member.scorer.facts(), "region": member.region}
+            if id(part) not in parts:
+                save_tensors(temporary / f"member-{number}.safetensors", part.state_dict())
+            if id(member.backbone.network) not in networks:
+                saw = predictor.info["pretext_saw"]
+                saw += f", then {predictor.info['finetune_saw']}" if predictor.info["mode"] != "frozen" else ""
+                record = {"kind": "member", "pretext_saw": saw, "transductive": predictor.info["transductive"]}
+                write_backbone(temporary / f"member-{number}", member.backbone, record, card)
+            entry |= {
+                "weights": networks.setdefault(id(member.backbone.network), number),
+                "tensors": parts.setdefault(id(part), number),
+            }
             entries.append({"backbone": member.backbone.spec.to_dict(), "scale": member.scale, **entry})
         write_json(temporary / FILE, {**predictor.info, "members": entries})
 
 
 def load_predictor(folder: str | Path, device: torch.device | None = None) -> Predictor:
-    """From a run or a predictor folder."""
-    path = Path(folder)
+    """From a run, a predictor folder or ``hub:ORG/NAME``."""
+    path = Path(fetched(str(folder)))
     path = path / "predictor" if (path / "predictor" / FILE).is_file() else path
     if not (path / FILE).is_file():
         raise CarinaError(f"{folder} holds no predictor ({FILE}); give a run of carina finetune")
     info = read_json(path / FILE)
-    members = []
+    members, backbones, heads = [], {}, {}
     for number, entry in enumerate(info["members"]):
-        backbone = load_backbone(str(path / f"member-{number}"), size=entry["backbone"]["size"])
-        tensors = load_tensors(path / f"member-{number}.safetensors")
+        weights, tensors = entry.get("weights", number), entry.get("tensors", number)
+        backbone = _backbone(path / f"member-{weights}", entry["backbone"]["size"], backbones.get(weights))
+        backbones.setdefault(weights, backbone)
+        saved = load_tensors(path / f"member-{tensors}.safetensors")
         head = scorer = None
         if "head" in entry:
-            head = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0])
-            head.load_state_dict(tensors)
+            head = heads.setdefault(tensors, head_from_facts(entry["head"], saved))
         else:
-            scorer = _scorer(entry["scorer"], tensors)
+            scorer = _scorer(entry["scorer"], saved)
         member = Member(backbone, entry["scale"], head, scorer, entry.get("region", "whole"))
         members.append(member.eval().to(device or "cpu"))
     return Predictor(info, members)
+
+
+def _backbone(folder: Path, size: int, shared: Backbone | None) -> Backbone:
+    """The network of a folder for one size: the one that is there already, unless sizes have batch norms of their own."""
+    if shared is None or (folder / SCALES).is_file():
+        return load_backbone(str(folder), size=size)
+    return Backbone(shared.network, replace(shared.spec, size=size))
 
 
 def _scorer(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Scorer:
     if facts["name"] not in SCORERS:
         raise CarinaError(f"this carina knows no scorer '{facts['name']}'; a newer one may")
     fields = ScorerSettings.model_fields
-    if missing := sorted(set(fields) - set(facts)):
+    if missing := sorted(name for name in set(fields) - set(facts) if fields[name].is_required()):
         raise CarinaError(f"this predictor was made by an older carina (its scorer lacks {missing[0]}); fit it again")
-    settings = ScorerSettings.model_validate({name: facts[name] for name in fields})
+    settings = ScorerSettings.model_validate({name: facts[name] for name in fields if name in facts})
     return SCORERS[facts["name"]].from_tensors(settings, tensors, facts)

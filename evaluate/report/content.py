@@ -28,13 +28,15 @@ def report_content(result: dict[str, Any], frame: pd.DataFrame, done: list[tuple
     unknown = int(frame["target"].isna().sum())
     word = "synthetic " if result["synthetic"] else ""
     best = result["table"][0]
+    units = {"image": "images", "study": "studies", "patient": "patients"}[result["level"]]
+    pooled = f", the {result['pool']} of their images' scores" if result["pool"] else ""
     what = "the mean over labels" if best["label"] == "macro" else best["label"]
     headline = (
         "Nothing can be estimated: " + best["note"]
         if best["auroc"]["value"] is None
         else (
             f"AUROC {best['auroc']['value']:.3f} ({best['auroc']['low']:.3f} to {best['auroc']['high']:.3f}) for "
-            f"{what} on {result['images']} {word}images of {result['patients']} patients."
+            f"{what} on {result['units']} {word}{units} of {result['patients']} patients{pooled}."
         )
     )
     warnings = []
@@ -69,6 +71,8 @@ def report_content(result: dict[str, Any], frame: pd.DataFrame, done: list[tuple
         "summary": [headline, f"Backbone: {result['backbone']}.", result["overlap_sentence"]],
         "warnings": warnings,
         "metrics": result["table"],
+        "units": units,
+        "scales": result["scales"],
         "controls": result.get("controls", []),
         "localization": anomaly.localization_rows(result["localization"]) if result.get("localization") else [],
         "localization_words": anomaly.localization_words(result["localization"]) if result.get("localization") else "",
@@ -109,11 +113,10 @@ def _examples(predictor: Predictor, selection: Selection, scores: np.ndarray, co
         )
         for kind, ranked, which in kinds:
             chosen += [(int(row), column, kind) for row in ranked if which[row]][:each]
-    member = predictor.members[0]
     span = anomaly.display_span(predictor, selection) if chosen and count else None
-    member.cpu()
     rows = []
     for row, column, kind in chosen[:count]:
+        member = predictor.leading(column).cpu()
         pixels = unit_tensor(torch.from_numpy(selection.images([row], member.scale)))
         lungs = torch.from_numpy(selection.masks([row], member.scale))[:, None]
         rows.append(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -163,6 +164,47 @@ def calibration(target: np.ndarray, score: np.ndarray, synthetic: bool, bins: in
         axes.plot(predicted, observed, color=BLUE, linewidth=1.2, marker="o", markersize=3.5)
         _unit_square(axes)
         return _svg(figure)
+
+
+def stack_chart(found: dict[str, Any], synthetic: bool, kind: str = "svg") -> bytes:
+    """How much each scale counts for each finding: a bar a finding, small scales light and large ones dark, after the
+    chart of Haque et al. (2023). found: `scales` of metrics.json. kind: svg or png."""
+    labels, scales = list(found["weights"]), found["scales"]
+    weights = np.array([found["weights"][label] for label in labels])
+    order = np.argsort(scales)
+    shades = colormaps["Blues"](np.linspace(0.3, 0.9, len(scales)))
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 0.75 + 0.3 * len(labels)))
+        axes = figure.add_axes((0.26, 0.42 / figure.get_figheight(), 0.7, 0.3 * len(labels) / figure.get_figheight()))
+        left = np.zeros(len(labels))
+        for shade, number in zip(shades, order):
+            axes.barh(
+                range(len(labels)),
+                weights[:, number],
+                left=left,
+                color=shade,
+                height=0.72,
+                label=f"{scales[number]} px",
+            )
+            for row, (start, share) in enumerate(zip(left, weights[:, number])):
+                if share >= 0.08:
+                    light = shade[:3].mean() > 0.62
+                    axes.text(start + share / 2, row, f"{share:.2f}", ha="center", va="center", fontsize=7.5,
+                              color=INK if light else "white")  # fmt: skip
+            left += weights[:, number]
+        axes.set(yticks=range(len(labels)), xlim=(0, 1), ylim=(len(labels) - 0.5, -0.5), xlabel="weight in the stack")
+        axes.set_yticklabels([label.replace("_", " ") for label in labels], color=INK)
+        axes.tick_params(labelsize=8, left=False)
+        handles, names = axes.get_legend_handles_labels()
+        figure.legend(handles, names, frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(0.97, 1.0),
+                      ncols=len(scales), handlelength=1.0, columnspacing=1.2, borderaxespad=0.2)  # fmt: skip
+        if synthetic:
+            figure.text(0.02, 0.985, "synthetic", ha="left", va="top", color=ORANGE, fontsize=8, style="italic")
+        if kind == "svg":
+            return _svg(figure)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+        return buffer.getvalue()
 
 
 def _enlarged(values: np.ndarray, size: tuple[int, int], how: Image.Resampling) -> np.ndarray:

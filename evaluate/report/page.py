@@ -25,6 +25,8 @@ KEYS = {
     "summary": (),
     "data_flow": (),
     "metrics": (),
+    "units": "images",
+    "scales": None,
     "controls": (),
     "localization": (),
     "localization_words": "",
@@ -53,6 +55,8 @@ def build_report(out: Path, content: dict[str, Any]) -> Path:
       metrics         rows {label, n, positives, auroc, ap, note}; auroc and ap as `Interval.to_dict()` gives them (or
                       None); a row labelled "macro" is the mean over labels and comes first. Of anomaly detection also
                       fpr95, the false-positive rate where 95 % of the abnormal images are found
+      units           what has one score and one target: images (default), studies or patients
+      scales          `scales` of metrics.json, of a stack of several scales
       controls        rows {control, method, auroc, ap, fpr95, missing}: methods that know nothing of lungs or lesions
       localization    rows {name, found, chance, words}, found as auroc above; localization_words: a sentence on them
       predictions     frame, one row per image and label: image_id, patient_id, seed, label, target, score
@@ -79,6 +83,7 @@ def build_report(out: Path, content: dict[str, Any]) -> Path:
     cite = page["how_to_cite"]
     page |= {
         "metrics": rows,
+        "scales": _scales(page["scales"], synthetic),
         "num_images": frame["image_id"].nunique(),
         "num_patients": frame["patient_id"].nunique(),
         "num_runs": len(split_runs(frame)),
@@ -137,6 +142,21 @@ def _embedded(data: bytes, kind: str) -> str:
 def _example(row: dict[str, Any], synthetic: bool) -> dict[str, Any]:
     picture = figures.example(row["image"], row.get("heat"), row.get("lungs"), synthetic)
     return {"source": _embedded(picture, "png"), "caption": row.get("caption", ""), "wide": row.get("heat") is not None}
+
+
+def _scales(found: dict[str, Any] | None, synthetic: bool) -> dict[str, Any] | None:
+    """The chart of weights and the rows of the table, by finding, with the best scale marked."""
+    if not found:
+        return None
+    rows = []
+    for label in dict.fromkeys(row["label"] for row in found["rows"]):
+        best = found["best"].get(label, {})
+        words = {best.get("scale"): "here", best.get("chosen"): "in training"}
+        if best.get("scale") == best.get("chosen"):
+            words = {best.get("scale"): "here and in training"}
+        rows += [{**row, "best": words.get(row["scale"], "")} for row in found["rows"] if row["label"] == label]
+    chart = _embedded(figures.stack_chart(found, synthetic), "svg+xml")
+    return {"rows": rows, "chart": chart, "source": found["from"]}
 
 
 def _with_interval(found: dict[str, Any] | None) -> str:

@@ -127,18 +127,22 @@ def test_predict_maps_and_bad_files(carina, runs, phantom_folder, tmp_path):
     assert len(list((tmp_path / "maps").glob("*-abnormal.png"))) == 2
 
 
-@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit", "test_convnext"])
-def test_heat_maps_of_every_layout(architecture):
+@pytest.mark.parametrize("head", ["linear", "mlp", "attentive", "lse", "multiscale"])
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit", "test_convnext", "swin_s3_tiny_224"])
+def test_heat_maps_of_every_layout(architecture, head):
     import torch
 
     from carina.evaluate.explain import heat_maps
     from carina.models.backbones import random_backbone
-    from carina.models.heads import linear_head
+    from carina.models.heads import HeadSettings, make_head
     from carina.models.predictor import Member
 
     backbone = random_backbone(architecture, 64, 0)
-    maps = heat_maps(Member(backbone, 64, linear_head(backbone.dimension, 2, 0), None), torch.rand(3, 1, 96, 96), 1)
-    assert maps.shape == (3, 96, 96) and maps.min() >= 0 and maps.max() <= 1
+    settings = HeadSettings(name=head, hidden=8, dropout=0.0, layers=None, sharpness=5.0, noisy_or=True)
+    member = Member(backbone, 64, make_head(settings, backbone, ["Nodule", "Effusion", "abnormal"], 0), None)
+    for column in range(3):
+        maps = heat_maps(member, torch.rand(3, 1, 96, 96), column)
+        assert maps.shape == (3, 96, 96) and maps.min() >= 0 and maps.max() <= 1
 
 
 def test_embed_a_store_and_files(carina, pretrained, phantom_store, phantom_folder, tmp_path):

@@ -12,18 +12,12 @@ from scipy.sparse.linalg import spsolve
 
 from carina.draws import Draws
 from carina.imaging import pasting
+from carina.imaging.blending import blend_foreign, interpolate_foreign, poisson
 from carina.imaging.dicom import read_radiograph
 from carina.imaging.geometry import Geometry, resize, resize_mask
 from carina.imaging.lungs import lung_mask
-from carina.imaging.pasting import (
-    anatpaste,
-    blend_foreign,
-    cutpaste_normal,
-    cutpaste_scar,
-    interpolate_foreign,
-    lung_points,
-    poisson,
-)
+from carina.imaging.pasting import anatpaste, cutpaste_normal, cutpaste_scar
+from carina.imaging.windows import lung_points
 
 
 def batch(side, count=48, seed=0):

@@ -1,89 +1,288 @@
-"""The upload, against a hub that the test plays."""
+"""What a published folder holds, what must not be in it, what its card says, and the upload against a hub that the test
+plays."""
 
+import json
+import shutil
 from types import SimpleNamespace
 from typing import ClassVar
 
 import huggingface_hub
+import httpx
+import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
+import carina.models.hub as hub_package
+from carina.data.manifest import find_manifest
 from carina.errors import CarinaError
-from carina.models.hub import verify
+from carina.files import read_json, write_json
+from carina.models.backbones import load_backbone, resize_images
+from carina.models.export import resizing
+from carina.models.hub import Told, backbone_card, clauses_of, findings, verify
 from carina.publish import publish
+from carina.runs import Run
+
+FILES = {"README.md", "SHA256SUMS", "carina.json", "config.json", "model.safetensors", "recipe.yaml"}
 
 
 class Hub:
     calls: ClassVar[list] = []
-    fail = None
+    stored: ClassVar[dict] = {}
+    fail: ClassVar[list] = []
     private = True
 
     def create_repo(self, repo, **options):
-        if self.fail:
-            raise self.fail
         self.calls.append(("create", repo, options))
         return f"https://hub.invalid/{repo}"
 
     def repo_info(self, repo):
         return SimpleNamespace(private=self.private)
 
-    def upload_folder(self, **options):
-        self.calls.append(("upload", options["repo_id"], options["folder_path"]))
+    def upload_folder(self, *, repo_id, folder_path, **options):
+        self.calls.append(("upload", repo_id, folder_path))
+        if self.fail:
+            raise self.fail.pop()
+        files = [p for p in folder_path.rglob("*") if p.is_file()]
+        self.stored.update({p.relative_to(folder_path).as_posix(): p.stat().st_size for p in files})
+
+    def list_repo_tree(self, repo, recursive):
+        return [SimpleNamespace(path=name, size=size) for name, size in self.stored.items()]
 
 
 @pytest.fixture
 def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr(Hub, "calls", [])
+    for name, value in (("calls", []), ("stored", {}), ("fail", [])):
+        monkeypatch.setattr(Hub, name, value)
+    monkeypatch.setattr(hub_package, "load_back", lambda *_: {})  # tests/test_publish.py has the real one
+    monkeypatch.setattr("time.sleep", lambda _: None)
     return Hub
+
+
+def send(run, out, **more):
+    given = {"repo": "org/name", "out": str(out), "license": "apache-2.0", "onnx": False, **more}
+    return publish(str(run), given, quiet=True)
 
 
 def test_upload_is_private_and_sends_what_dry_run_shows(hub, pretrained, tmp_path):
     out = tmp_path / "published"
-    result = publish(str(pretrained), {"repo": "org/name", "out": str(out), "license": "apache-2.0"}, quiet=True)
+    shown = publish(str(pretrained), {"repo": "org/name", "out": str(out), "onnx": False}, dry_run=True, quiet=True)
+    assert hub.calls == []
+    result = send(pretrained, out)
     assert hub.calls == [("create", "org/name", {"private": True, "exist_ok": True}), ("upload", "org/name", out)]
     assert result["uploaded"] == "https://hub.invalid/org/name"
-    assert set(result["files"]) == {"README.md", "SHA256SUMS", "carina.json", "config.json", "model.safetensors"}
+    assert set(shown["files"]) == set(result["files"]) == set(hub.stored) == FILES
     assert "license: apache-2.0" in (out / "README.md").read_text()
 
 
-def test_a_hub_that_refuses_is_one_sentence_and_the_folder_stays(hub, pretrained, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "fail", OSError("no route"))
+def test_a_hub_that_is_busy_is_asked_again_and_one_that_refuses_is_one_sentence(hub, pretrained, tmp_path):
     out = tmp_path / "published"
+    hub.fail += [httpx.ConnectError("line broke"), ConnectionResetError()]
+    send(pretrained, out)
+    assert [call[0] for call in hub.calls] == ["create", "upload", "upload", "upload"]
+    hub.fail += [ValueError("no such user")]
     with pytest.raises(CarinaError, match=r"could not be reached or refused org/name .*the folder .* is ready"):
-        publish(str(pretrained), {"repo": "org/name", "out": str(out), "license": "mit"}, quiet=True)
+        send(pretrained, out)
     assert (out / "model.safetensors").is_file()
-    monkeypatch.setattr(hub, "fail", None)
-    publish(str(pretrained), {"repo": "org/name", "out": str(out), "license": "mit"}, quiet=True)
-    assert [call[0] for call in hub.calls] == ["create", "upload"], "the same command goes on after the failure"
+    send(pretrained, out)
+
+
+def test_what_did_not_arrive_is_noticed(hub, pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "list_repo_tree", lambda *_, **__: [SimpleNamespace(path="README.md", size=1)])
+    with pytest.raises(CarinaError, match=r"README.md did not arrive whole at org/name"):
+        send(pretrained, tmp_path / "published")
 
 
 def test_an_existing_public_repository_is_not_filled_by_default(hub, pretrained, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "private", False)
-    given = {"repo": "org/name", "out": str(tmp_path / "published"), "license": "mit"}
     with pytest.raises(CarinaError, match="exists and is public"):
-        publish(str(pretrained), given, quiet=True)
+        send(pretrained, tmp_path / "published")
     assert [call[0] for call in hub.calls] == ["create"]
 
 
-def test_a_changed_file_is_noticed(pretrained, tmp_path):
+def test_a_changed_file_is_noticed(hub, pretrained, tmp_path):
     out = tmp_path / "published"
-    publish(str(pretrained), {"repo": "org/name", "out": str(out)}, dry_run=True, quiet=True)
+    send(pretrained, out)
     verify(out)
     (out / "config.json").write_text("{}")
     with pytest.raises(CarinaError, match=r"config.json in .* is not what was published"):
         verify(out)
+    with pytest.raises(CarinaError, match=r"config.json in .* is not what was published"):
+        send(pretrained, out)
 
 
-def test_the_card_says_what_the_owners_of_each_source_allow(pretrained):
-    from carina.files import read_json
+# -- clauses ----------------------------------------------------------------------------------------------------------
+
+
+def _origins():
     from carina.intake.sources import find_provenance
-    from carina.models.backbones import load_backbone
-    from carina.models.hub import backbone_card
 
-    record = read_json(pretrained / "backbone" / "carina.json")
     nothing = SimpleNamespace()
-    origins = {"cxrlt": find_provenance("cxrlt:.", nothing), "mimic": {}, "own": find_provenance("folder", nothing)}
-    record["data"]["origins"] = origins
-    card = backbone_card(load_backbone(str(pretrained)), record)
-    line = next(line for line in card.splitlines() if line.strip().startswith("* cxrlt:"))
-    assert "drawn from mimic" in line and origins["cxrlt"]["terms"]["license"] in line and "consent" in line
+    mimic = find_provenance("mimic:.", nothing)
+    return {"mimic": mimic, "nih14": find_provenance("nih14:.", nothing), "cxrlt": find_provenance("cxrlt:.", nothing),
+            "own": find_provenance("folder", nothing), "old": {}}  # fmt: skip
+
+
+def test_sources_ask_by_their_terms():
+    record = {"synthetic": False, "data": {"origins": _origins()}}
+    asked = {clause.source: clause for clause in clauses_of(record)}
+    assert set(asked) == {"mimic", "cxrlt", "own", "old"}, "NIH allows derived weights without being asked"
+    assert asked["mimic"].credentialed and "credentialed" in asked["mimic"].sentence()
+    changed = json.loads(json.dumps(record))
+    changed["data"]["origins"]["mimic"]["terms"]["clause"] += " And more."
+    assert asked["mimic"].id not in {clause.id for clause in clauses_of(changed)}, "one confirms words, not a name"
+    later = {"synthetic": False, "data": {"origins": {}}, "earlier_origins": {"mimic": _origins()["mimic"]}}
+    assert [c.source for c in clauses_of(later)] == ["mimic"], "what the first weights were trained on counts too"
+    predictor = {"synthetic": True, "data": {"origins": {"phantoms": {}}}, "pretraining": record}
+    assert "mimic" in {c.source for c in clauses_of(predictor)}, "synthetic labels do not free the backbone's patients"
+    assert clauses_of({"synthetic": True, "data": {"origins": {"phantoms": {}}}, "pretraining": None}) == []
+
+
+def test_credentialed_data_is_published_only_after_its_clause_was_confirmed(hub, pretrained, tmp_path):
+    run = shutil.copytree(pretrained, tmp_path / "run")
+    record = read_json(run / "backbone" / "carina.json")
+    record |= {"synthetic": False}
+    record["data"]["origins"] = {"mimic": _origins()["mimic"]}
+    write_json(run / "backbone" / "carina.json", record)
+    (wanted,) = (clause.id for clause in clauses_of(record))
+    with pytest.raises(CarinaError, match=rf"mimic \(MIMIC-CXR-JPG, .*agreement.*confirm=\[{wanted}\]"):
+        send(run, tmp_path / "out")
+    assert hub.calls == []
+    with pytest.raises(CarinaError, match=rf"confirm=mimic-000000 is no clause .*{wanted}"):
+        send(run, tmp_path / "out", confirm="mimic-000000")
+    send(run, tmp_path / "out", confirm=[wanted])
+    assert f"confirmed clause {wanted}" in (tmp_path / "out" / "README.md").read_text()
+
+
+# -- what must not leave ----------------------------------------------------------------------------------------------
+
+
+def _plant_picture(folder):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "x.png")
+
+
+def _plant_picture_by_another_name(folder):
+    _plant_picture(folder)
+    (folder / "x.png").rename(folder / "scales.safetensors")
+
+
+def _plant_manifest_row(folder):
+    patient = find_manifest(str(folder.parent))["patient_id"].iloc[0]
+    write_json(folder / "carina.json", {**read_json(folder / "carina.json"), "note": patient})
+
+
+def _plant_file_name(folder):
+    write_json(folder / "carina.json", {**read_json(folder / "carina.json"), "note": "seen in p0001_a_0 first"})
+
+
+def _note(text):
+    return lambda folder: write_json(folder / "carina.json", {**read_json(folder / "carina.json"), "origin": text})
+
+
+def _plant_tail(folder):
+    with open(folder / "model.safetensors", "ab") as handle:
+        handle.write(b"x" * 1000)
+
+
+PLANTED = {
+    "a picture": (_plant_picture, "x.png is a picture"),
+    "its name changed": (_plant_picture_by_another_name, "scales.safetensors holds a picture"),
+    "a hash": (_plant_manifest_row, "carina.json holds the hash of a patient"),
+    "an e-mail address": (_note("ask jane.doe@clinic.example for it"), "carina.json holds an e-mail address"),
+    "a UID": (_note("study 1.2.276.0.7230010.3.1.2.8323329"), "a DICOM UID"),
+    "a path": (_note("made in /home/doe/images/ward"), "a path of a machine"),
+    "a Windows path": (_note("made in C:\\Users\\doe"), "a path of a machine"),
+    "a name": (_note("of DOE^JANE"), "a person's name"),
+    "a number": (_note("MRN 1234567"), "a record number"),
+    "a file": (_note("like IM-0001-0001.jpeg"), "the name of a picture"),
+    "another file": (lambda folder: (folder / "table.csv").write_text("a"), "table.csv is no part"),
+    "a folder": (lambda folder: (folder / "images").mkdir(), "images is no part"),
+    "a tail": (_plant_tail, "bytes beside its tensors"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_what_is_planted_stops_it(hub, pretrained, tmp_path, name):
+    plant, said = PLANTED[name]
+    run = shutil.copytree(pretrained, tmp_path / "run")
+    clean = findings(run / "backbone", find_manifest(str(run))["patient_id"])
+    assert clean == []
+    plant(run / "backbone")
+    found = findings(run / "backbone", find_manifest(str(run))["patient_id"])
+    assert any(said in one for one in found), found
+    if name in ("a picture", "a hash", "a name"):
+        with pytest.raises(CarinaError, match=r"cannot be published: .*take it out"):
+            send(run, tmp_path / "out")
+        assert hub.calls == [] and not (tmp_path / "out").exists()
+
+
+def test_names_of_the_owners_files_are_found(pretrained, tmp_path):
+    folder = shutil.copytree(pretrained / "backbone", tmp_path / "backbone")
+    names = {"p0001_a_0", "p0001_a_0.png", "ab"}
+    assert findings(folder, names=names) == []
+    _plant_file_name(folder)
+    assert "holds the name of one of the training files" in findings(folder, names=names)[0]
+
+
+def test_a_memory_is_found_whatever_the_file_says_of_it(tmp_path):
+    member = {"scorer": {"name": "knn", "memory": False}}
+    write_json(tmp_path / "predictor.json", {"members": [member, {"scorer": {"name": "gaussian"}}]})
+    assert [one.split()[0] for one in findings(tmp_path)] == ["member-0.safetensors"]
+    assert findings(tmp_path, allow_memory=True) == []
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=30), st.integers(0, 2**96 - 1))
+def test_a_hash_is_found_at_any_place(tmp_path_factory, before, number):
+    folder, patient = tmp_path_factory.mktemp("x"), f"{number:024x}"
+    (folder / "README.md").write_text(f"{before} {patient}", encoding="utf-8")
+    assert any("hash" in one for one in findings(folder, [patient]))
+    assert not any("hash" in one for one in findings(folder, [f"{(number + 1) % 2**96:024x}"]))
+
+
+# -- the card and the formats -----------------------------------------------------------------------------------------
+
+
+def test_the_card_is_filled_from_the_run(pretrained):
+    record = read_json(pretrained / "backbone" / "carina.json")
+    record["data"]["origins"] = _origins()
+    audit = {"name": "shortcut", "sentence": "The label can be read without the lungs."}
+    told = Told(environment=Run.open(pretrained).environment(), audits=[audit], watts=250, license="CC-BY-4.0")
+    card = backbone_card(load_backbone(str(pretrained)), record, told)
+    lines = card.splitlines()
+    line = next(line for line in lines if line.startswith("* cxrlt:"))
+    assert "drawn from mimic" in line and _origins()["cxrlt"]["terms"]["license"] in line and "consent" in line
     assert card.count("upstream terms are not known to carina") == 2
+    data = record["data"]
+    row = next(line for line in lines if line.startswith("| phantoms |"))
+    assert f"| {data['images']:,} | {data['patients']:,} |" in row and f"median {data['age_median']:.0f}" in row
+    scales = ",".join(map(str, record["scales"]))
+    for text in (
+        "not a medical device",
+        "Out of scope: clinical use",
+        "can memorize",
+        "x 250 W",
+        "license: cc-by-4.0",
+        audit["sentence"],
+        f"carina prepare SOURCE out=STORE scales=[{scales}]",
+        "carina pretrain recipe.yaml store=STORE out=RUN",
+    ):
+        assert text in card, text
+
+
+def test_the_published_recipe_makes_the_same_run(hub, pretrained, tmp_path):
+    from carina.pretrain.recipe import PretrainRecipe
+    from carina.recipes import build
+
+    send(pretrained, tmp_path / "out")
+    again = build("pretrain", PretrainRecipe, str(tmp_path / "out" / "recipe.yaml"), []).model_dump(mode="json")
+    first = Run.open(pretrained).recipe()
+    assert {key for key in first if first[key] != again[key]} <= {"store", "out"}
+
+
+@given(st.integers(8, 60), st.integers(8, 60))
+def test_resizing_as_matrices_is_resizing(scale, size):
+    image, matrix = torch.rand(1, 1, scale, scale), resizing(scale, size)
+    assert torch.allclose(matrix @ image @ matrix.T, resize_images(image, size), atol=1e-5)

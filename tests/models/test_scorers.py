@@ -320,6 +320,73 @@ def test_a_head_is_kept_as_it_was():
     assert not scorer.training and torch.equal(scorer(read), before)
 
 
+# -- places -------------------------------------------------------------------------------------------------------------
+
+
+def lungs_by_hand(lungs, side):
+    """Places (N, side, side) at least half in the lungs (N, S, S); all of them where there are none."""
+    step = lungs.shape[1] // side
+    share = lungs.reshape(len(lungs), side, step, side, step).mean(axis=(2, 4))
+    return (share >= 0.5) | (share < 0.5).all(axis=(1, 2), keepdims=True)
+
+
+@pytest.mark.parametrize("name", [*PLACED, "head"])
+def test_lung_places_alone_are_judged_and_the_map_stays(name):
+    backbone = random_backbone("resnet10t", 64, seed=0).eval()
+    images = torch.rand(36, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    lungs = RNG.random((36, 1, 64, 64)) < RNG.random((36, 1, 8, 8)).repeat(8, axis=2).repeat(8, axis=3)
+    lungs[-1] = False
+    lungs[-2, 0, 8:] = False
+    changed = torch.from_numpy(lungs)
+    known = {places: settings(name, layers=[2, 3], coreset=1.0, places=places) for places in ("all", "lungs")}
+    kind, scorers, read = SCORERS[name], {}, {}
+    with torch.no_grad():
+        for places, one in known.items():
+            if name == "head":
+                scorers[places] = kind.of(DenseHead.of(backbone, width=8, seed=0), one)
+                read[places] = scorers[places].read(backbone, images, one, changed)
+            else:
+                read[places] = kind.read(backbone, images, one, changed)
+                scorers[places] = kind.fit([part[:30].numpy() for part in read[places]], one)
+        for part in read.values():
+            part[:] = [values[30:] for values in part]
+        maps = scorers["lungs"].maps(read["lungs"])
+        assert torch.equal(maps, scorers["all"].maps(read["all"]))
+        found, whole = scorers["lungs"](read["lungs"]).numpy(), scorers["all"](read["all"]).numpy()
+        there = lungs_by_hand(lungs[30:, 0], maps.shape[1])
+        judged = np.where(there, maps.numpy(), -np.inf).reshape(6, -1)
+        if name == "head":
+            logits = np.where(there, scorers["all"].head(read["all"])[:, 0].numpy(), -np.inf).reshape(6, -1)
+            count = max(1, round(0.005 * logits.shape[1]))
+            best = [np.sort(row[np.isfinite(row)])[::-1][:count].mean() for row in logits]
+            np.testing.assert_allclose(found, best, rtol=1e-5)
+        elif name == "patchcore":  # the weight that the paper puts on a distance, of the very place that was chosen
+            bank = scorers["lungs"].bank.numpy()
+            patches = scorers["lungs"].patches(read["all"]).flatten(1, 2).numpy()
+            for number, row in enumerate(judged):
+                patch = patches[number, row.argmax()]
+                nearest = np.linalg.norm(bank - patch, axis=1).argmin()
+                around = np.argsort(np.linalg.norm(bank - bank[nearest], axis=1))[:5]
+                away = np.linalg.norm(bank[around] - patch, axis=1)
+                weight = 1 - np.exp(row.max()) / np.exp(away).sum()
+                np.testing.assert_allclose(found[number], weight * row.max(), rtol=1e-3)
+        else:
+            np.testing.assert_array_equal(found, judged.max(axis=1))
+            focal = kind.from_tensors(
+                settings(name, layers=[2, 3], places="lungs", focal=True), scorers["lungs"].state_dict(), {}
+            )
+            middle = [np.percentile(row[np.isfinite(row)], 50, method="lower") for row in judged]
+            np.testing.assert_array_equal(focal(read["lungs"]).numpy(), judged.max(axis=1) - middle)
+        assert found[-1] == pytest.approx(whole[-1], rel=1e-6)  # no lungs: every place
+        assert (found[:-1] != whole[:-1]).any()
+
+
+def test_places_without_lung_masks_are_refused():
+    backbone = random_backbone("resnet10t", 64, seed=0).eval()
+    with pytest.raises(CarinaError, match=r"scorer.places=lungs needs lung masks; prepare the store with lungs=true"):
+        SCORERS["padim"].read(backbone, torch.rand(1, 1, 64, 64), settings("padim", places="lungs"))
+
+
 # -- all ----------------------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,10 @@ from carina.errors import CarinaError
 from carina.models.backbones import Backbone
 from carina.models.features import FeatureSettings, read_maps, read_pooled
 
-Read = list[np.ndarray]  # what is read of N images: one array (N, D), or one array (N, D, h, w) for each size
+# what is read of N images: one array (N, D), or one array (N, D, h, w) for each size and, with places=lungs, behind them
+# which places lie in the lungs, (N, 1, h, w) bool
+Read = list[np.ndarray]
+IN_LUNGS = 0.5  # the part of a place that lies in the lungs, at least
 
 
 class ScorerSettings(FeatureSettings):
@@ -32,6 +35,8 @@ class ScorerSettings(FeatureSettings):
     reach: Annotated[float, Field(ge=0, le=1)]
     dimensions: Annotated[int, Field(ge=1)] | None
     coreset: Annotated[float, Field(gt=0, le=1)]
+    places: Literal["all", "lungs"] = "all"
+    focal: bool = False
     seed: int
 
 
@@ -58,10 +63,13 @@ class Scorer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def read(cls, backbone: Backbone, images: torch.Tensor, settings: ScorerSettings) -> list[torch.Tensor]:
-        """What this scorer reads of images (B, 1, S, S) in [0, 1]: [(B, D)], or [(B, D, h, w), ...], one a size."""
+    def read(
+        cls, backbone: Backbone, images: torch.Tensor, settings: ScorerSettings, lungs: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """What this scorer reads of images (B, 1, S, S) in [0, 1]: [(B, D)], or [(B, D, h, w), ...], one a size, and behind
+        them the places in the lungs (B, 1, S, S) bool where `places` asks for them."""
         if cls.positions:
-            return read_maps(backbone, images, settings)
+            return with_places(read_maps(backbone, images, settings), lungs, settings)
         return [read_pooled(backbone, images, settings)]
 
     def forward(self, read: list[torch.Tensor]) -> torch.Tensor:
@@ -90,6 +98,35 @@ class Scorer(nn.Module):
     def facts(self) -> dict[str, Any]:
         """What predictor.json says of this scorer."""
         return {**self.settings.model_dump(), "memory": self.memory}
+
+
+def with_places(
+    maps: list[torch.Tensor], lungs: torch.Tensor | None, settings: ScorerSettings, enlarge: int = 1
+) -> list[torch.Tensor]:
+    """Maps (B, D, h, w), and behind them, with places=lungs, the places (B, 1, h, w) bool of the finest of them, `enlarge`
+    times as fine, at least half of which lies in the lungs (B, 1, S, S) bool; all where there is no such place."""
+    if settings.places == "all":
+        return maps
+    if lungs is None:
+        raise CarinaError("scorer.places=lungs needs lung masks; prepare the store with lungs=true")
+    side = [enlarge * length for length in max(part.shape[-2:] for part in maps)]
+    inside = F.interpolate(lungs.float(), side, mode="area") >= IN_LUNGS
+    return [*maps, inside | ~inside.flatten(1).any(dim=1)[:, None, None, None]]
+
+
+def parted(read: list, settings: ScorerSettings) -> tuple[list, Any]:
+    """The maps of what was read, arrays or tensors, and the places (B, h, w) that count, None for all."""
+    return (read, None) if settings.places == "all" else (read[:-1], read[-1][:, 0])
+
+
+def highest(maps: torch.Tensor, places: torch.Tensor | None, settings: ScorerSettings) -> torch.Tensor:
+    """(B,) the largest of each map (B, h, w) among the places that count; with `focal` less their median, so that what
+    raises all of them does not count."""
+    top = (maps if places is None else maps.masked_fill(~places, -torch.inf)).amax(dim=(1, 2))
+    if not settings.focal:
+        return top
+    judged = maps if places is None else maps.masked_fill(~places, torch.nan)
+    return top - judged.flatten(1).nanmedian(dim=1).values
 
 
 PIECE = 1 << 22  # values that are looked at or moved at a time

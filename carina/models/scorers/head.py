@@ -9,7 +9,7 @@ import torch
 
 from carina.models.backbones import Backbone, resize_images
 from carina.models.pasting import DenseHead, PastingHead
-from carina.models.scorers.base import Scorer, ScorerSettings
+from carina.models.scorers.base import Scorer, ScorerSettings, parted, with_places
 
 TOP = 0.005  # share of a map's places whose mean logit is the image's score
 
@@ -41,20 +41,31 @@ class Head(Scorer):
         named = {name.removeprefix("head."): tensor for name, tensor in tensors.items()}
         return cls(settings, kind.from_tensors(named, facts["head"]))
 
-    def read(self, backbone: Backbone, images: torch.Tensor, settings: ScorerSettings) -> list[torch.Tensor]:
-        """[(B, D)] or, for a dense head, the maps of its stages, of images (B, 1, S, S) in [0, 1]."""
+    def read(
+        self, backbone: Backbone, images: torch.Tensor, settings: ScorerSettings, lungs: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """[(B, D)] or, for a dense head, the maps of its stages, of images (B, 1, S, S) in [0, 1], and the places in the
+        lungs (B, 1, S, S) bool where `places` asks for them."""
         images = resize_images(images, backbone.spec.size)
-        return self.head.read(backbone, images) if self.positions else [backbone(images).float()]
+        if self.positions:
+            return with_places(self.head.read(backbone, images), lungs, settings, self.head.enlarge)
+        return [backbone(images).float()]
 
     def forward(self, read: list[torch.Tensor]) -> torch.Tensor:
         if self.positions:
+            read, places = parted(read, self.settings)
             logits = self.head(read).flatten(1)
-            return logits.topk(max(1, round(TOP * logits.shape[1])), dim=1).values.mean(dim=1)
+            count = max(1, round(TOP * logits.shape[1]))
+            if places is None:
+                return logits.topk(count, dim=1).values.mean(dim=1)
+            values = logits.masked_fill(~places.flatten(1), -torch.inf).topk(count, dim=1).values
+            there = values > -torch.inf  # small lungs hold fewer places
+            return values.where(there, 0).sum(dim=1) / there.sum(dim=1)
         logits = self.head(*read)
         return torch.logsumexp(logits[:, 1:], dim=1) - logits[:, 0]
 
     def maps(self, read: list[torch.Tensor]) -> torch.Tensor:
-        return torch.sigmoid(self.head(read)[:, 0]) if self.positions else super().maps(read)
+        return torch.sigmoid(self.head(parted(read, self.settings)[0])[:, 0]) if self.positions else super().maps(read)
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "head": self.head.facts()}

@@ -8,19 +8,19 @@ import torch
 import torch.nn.functional as F
 
 from carina.draws import permutation
-from carina.models.scorers.base import Read, Scorer, ScorerSettings, check_read, pieces
+from carina.models.scorers.base import Read, Scorer, ScorerSettings, check_read, highest, parted, pieces
 from carina.models.scorers.places import chosen_channels, finest, resized, whitening
 
 HELD_OUT = 256  # at most so many normals, and a quarter of them, tell the usual distance at every place
 PRIOR = 8  # normals that the mean variance of all places counts for in the variance at each
-PAIRS = 1 << 24  # distances that are held at a time
+PAIRS = 1 << 22  # distances that are held at a time, few enough for a CPU's cache
 
 
 class Memory(Scorer):
     """A patch's distance is that to its nearest among the patches of normal images at the same place, or within `reach`
     of it, whitened by the covariance of normals there. Distances become z-scores at every place, for each size of patches
-    and of images, by those of normals that are held out; the anomaly map is the largest over sizes, the score its maximum.
-    Holds patients' features.
+    and of images, by those of normals that are held out; the anomaly map is the largest over sizes, the score its maximum
+    (`highest`). Holds patients' features.
 
     Patches are means over windows of the feature maps, one at every place, cut at the border: `patches` are their sides
     as fractions of the image's, rounded to odd numbers of places; equal ones count once. `dimensions` channels, drawn at
@@ -38,6 +38,7 @@ class Memory(Scorer):
     def fit(cls, read: Read, settings: ScorerSettings) -> Memory:
         """read: [(N, D, h, w), ...] of normal images only, one a size."""
         count = check_read(read, settings, least=4)
+        read, _ = parted(read, settings)
         channels = chosen_channels(read[0].shape[1], settings)
         tensors = {"shapes": torch.tensor([part.shape[1:] for part in read]), "channels": channels}
         order = torch.from_numpy(permutation(count, "held out", settings.seed).copy())
@@ -60,6 +61,7 @@ class Memory(Scorer):
         return cls(settings, **tensors)
 
     def maps(self, read: list[torch.Tensor]) -> torch.Tensor:
+        read, _ = parted(read, self.settings)
         self.expect(read, [tuple(shape) for shape in self.shapes.tolist()])
         found = []
         for number, part in enumerate(read):
@@ -73,7 +75,7 @@ class Memory(Scorer):
         return torch.stack(found).amax(dim=0)  # a mean would thin out what one size alone sees
 
     def forward(self, read: list[torch.Tensor]) -> torch.Tensor:
-        return self.maps(read).amax(dim=(1, 2))
+        return highest(self.maps(read), parted(read, self.settings)[1], self.settings)
 
 
 def windows(shape: tuple[int, ...], settings: ScorerSettings) -> list[int]:
@@ -102,18 +104,21 @@ def nearest(
     metric of their place. leave (B,): the one image of the bank that each query does not look at."""
     height, width, count = bank.shape[:3]
     reach = round(settings.reach * max(height, width))
-    step = max(1, PAIRS // (height * width * count))
     here = (queries - center[:, :, None]) @ matrices.transpose(2, 3)
     best = torch.full(here.shape[:3], torch.inf, device=here.device)
-    for down, right in itertools.product(range(-reach, reach + 1), repeat=2):
-        ours = (slice(max(0, -down), height - max(0, down)), slice(max(0, -right), width - max(0, right)))
-        theirs = (slice(max(0, down), height - max(0, -down)), slice(max(0, right), width - max(0, -right)))
-        there = (bank[theirs] - center[ours][:, :, None]) @ matrices[ours].transpose(2, 3)
-        lengths = (there**2).sum(dim=3)[:, :, None]
+    step = max(1, PAIRS // (width * count))
+    for row, down, right in itertools.product(range(height), range(-reach, reach + 1), range(-reach, reach + 1)):
+        if not 0 <= row + down < height:
+            continue
+        ours = slice(max(0, -right), width - max(0, right))
+        theirs = slice(max(0, right), width - max(0, -right))
+        there = (bank[row + down, theirs] - center[row, ours, None]) @ matrices[row, ours].transpose(1, 2)
+        lengths = (there**2).sum(dim=2)[:, None]
         for start in range(0, here.shape[2], step):
             rows = slice(start, start + step)
-            squares = lengths - 2 * here[ours][:, :, rows] @ there.transpose(2, 3)
+            squares = torch.baddbmm(lengths, here[row, ours, rows], there.transpose(1, 2), alpha=-2)
             if leave is not None:
-                squares[:, :, torch.arange(squares.shape[2]), leave[rows]] = torch.inf
-            best[ours][:, :, rows] = torch.minimum(best[ours][:, :, rows], squares.amin(dim=3))
+                squares[:, torch.arange(squares.shape[1]), leave[rows]] = torch.inf
+            found = best[row, ours, rows]
+            torch.minimum(found, squares.amin(dim=2), out=found)
     return (best + (here**2).sum(dim=3)).clamp(min=0).sqrt()

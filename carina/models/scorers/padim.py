@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from carina.models.scorers.base import Read, Scorer, ScorerSettings, check_read
+from carina.models.scorers.base import Read, Scorer, ScorerSettings, check_read, highest, parted
 from carina.models.scorers.places import chosen_channels, finest, stacked, whitening
 
 
@@ -21,6 +21,7 @@ class Padim(Scorer):
     def fit(cls, read: Read, settings: ScorerSettings) -> Padim:
         """read: [(N, D, h, w), ...] of normal images only, one a size."""
         count = check_read(read, settings)
+        read, _ = parted(read, settings)
         shapes = torch.tensor([part.shape[1:] for part in read])
         channels = chosen_channels(int(shapes[:, 0].sum()), settings)
         blank = cls(settings, shapes=shapes, channels=channels)
@@ -32,13 +33,13 @@ class Padim(Scorer):
         return cls(settings, shapes=shapes, channels=channels, center=center, whitening=matrices)
 
     def features(self, read: list[torch.Tensor]) -> torch.Tensor:
-        """The chosen channels (B, K, h, w)."""
+        """The chosen channels (B, K, h, w) of maps."""
         self.expect(read, [tuple(shape) for shape in self.shapes.tolist()])
         return stacked(read, self.shapes)[:, self.channels]
 
     def maps(self, read: list[torch.Tensor]) -> torch.Tensor:
-        apart = self.features(read).permute(2, 3, 0, 1) - self.center.unsqueeze(2)
+        apart = self.features(parted(read, self.settings)[0]).permute(2, 3, 0, 1) - self.center.unsqueeze(2)
         return (apart @ self.whitening.transpose(2, 3)).norm(dim=3).permute(2, 0, 1)
 
     def forward(self, read: list[torch.Tensor]) -> torch.Tensor:
-        return self.maps(read).amax(dim=(1, 2))
+        return highest(self.maps(read), parted(read, self.settings)[1], self.settings)

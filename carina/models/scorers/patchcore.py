@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from carina.draws import hash64, permutation
-from carina.models.scorers.base import Read, Scorer, ScorerSettings, check_read
+from carina.models.scorers.base import Read, Scorer, ScorerSettings, check_read, parted
 from carina.models.scorers.places import finest, stacked
 
 PATCHES = 30_000  # drawn among all before the coreset is chosen, so that thousands of images fit
@@ -30,6 +30,7 @@ class PatchCore(Scorer):
     def fit(cls, read: Read, settings: ScorerSettings) -> PatchCore:
         """read: [(N, D, h, w), ...] of normal images only, one a size."""
         count = check_read(read, settings, least=1)
+        read, _ = parted(read, settings)
         blank = cls(settings, shapes=torch.tensor([part.shape[1:] for part in read]))
         height, width = finest(blank.shapes)
         drawn = np.sort(permutation(count * height * width, "patches", settings.seed)[:PATCHES])
@@ -44,7 +45,7 @@ class PatchCore(Scorer):
         return cls(settings, shapes=blank.shapes, bank=patches[kept])
 
     def patches(self, read: list[torch.Tensor]) -> torch.Tensor:
-        """(B, h, w, D)."""
+        """(B, h, w, D) of maps."""
         self.expect(read, [tuple(shape) for shape in self.shapes.tolist()])
         maps = stacked(read, self.shapes)
         return self.scaled(F.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)).permute(0, 2, 3, 1)
@@ -61,12 +62,14 @@ class PatchCore(Scorer):
         return away.reshape(*patches.shape[:-1], count), found.reshape(*patches.shape[:-1], count)
 
     def maps(self, read: list[torch.Tensor]) -> torch.Tensor:
-        return self.nearest(self.patches(read), 1)[0][..., 0]
+        return self.nearest(self.patches(parted(read, self.settings)[0]), 1)[0][..., 0]
 
     def forward(self, read: list[torch.Tensor]) -> torch.Tensor:
+        read, places = parted(read, self.settings)
         patches = self.patches(read)
         away, found = (part.flatten(1) for part in self.nearest(patches, 1))
-        rows, worst = torch.arange(len(patches), device=patches.device), away.argmax(dim=1)
+        judged = away if places is None else away.masked_fill(~places.flatten(1), -torch.inf)
+        rows, worst = torch.arange(len(patches), device=patches.device), judged.argmax(dim=1)
         score, patch = away[rows, worst], patches.flatten(1, 2)[rows, worst]
         if (count := min(self.settings.neighbors, len(self.bank))) < 2:
             return score

@@ -1,0 +1,156 @@
+"""What the protocols of few labels found, as the figures and tables of docs/few-labels.md.
+
+    carina finetune protocol kermany_labels store=STORE out=KERMANY backbones.moco_anatpaste=RUN ...
+    carina finetune protocol nih_labels store=STORE out=NIH backbones.moco_anatpaste=RUN ...
+    python benchmarks/few_labels.py protocols=[KERMANY,NIH]
+
+For every folder it writes benchmarks/results/few_labels_SET.json (rounded) and .png, and it puts the tables between the
+marks in the page, so that no figure there is typed by hand.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from common import console, script
+from pydantic import Field
+
+from carina.errors import CarinaError
+from carina.files import read_json, write_json, write_text
+from carina.finetune.few_labels_page import OVERALL, pair
+from carina.finetune.protocol_page import figure
+from carina.recipes import Section
+
+HERE = Path(__file__).resolve().parent
+
+
+class Arguments(Section):
+    """protocols: folders of finished or unfinished protocols of few labels."""
+
+    protocols: Annotated[list[str], Field(min_length=1)]
+    page: str
+    results: str
+
+
+def main(words: list[str] | None = None) -> int:
+    defaults = {"page": str(HERE.parent / "docs" / "few-labels.md"), "results": str(HERE / "results")}
+    return script(words, "few_labels.py", __doc__, Arguments, defaults, show)
+
+
+def show(arguments: Arguments) -> None:
+    page = Path(arguments.page).read_text(encoding="utf-8")
+    for folder in map(Path, arguments.protocols):
+        result = read_json(folder / "table.json")
+        if result.get("task") != "classify":
+            raise CarinaError(f"{folder} holds no protocol of few labels; give the out= of one")
+        for table in result["tables"]:
+            name = f"few_labels_{table['set']}"
+            write_json(Path(arguments.results) / f"{name}.json", compact(table))
+            shutil.copyfile(folder / "figure.png", Path(arguments.results) / f"{name}.png")
+            mark = re.compile(rf"(<!-- {table['set']} -->\n).*?(<!-- end -->)", re.DOTALL)
+            if not mark.search(page):
+                raise CarinaError(
+                    f"{arguments.page} has no place for the set {table['set']}; add <!-- {table['set']} -->"
+                )
+            text = "\n\n".join(parts(table))
+            page = mark.sub(lambda found, text=text: f"{found[1]}\n{text}\n\n{found[2]}", page)
+            console().print(text, markup=False)
+    write_text(arguments.page, page)
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def compact(table: dict[str, Any]) -> dict[str, Any]:
+    """What a reader may want to compute with: every figure with its interval."""
+    kept = ("value", "low", "high", "estimable", "num_positives", "num_negatives", "p_value")
+
+    def short(entry: dict[str, Any]) -> dict[str, Any]:
+        found = {key: value for key, value in entry.items() if key != "auroc_by_draw"}
+        for key in ("auroc", "difference"):
+            if key in found:
+                found[key] = {name: found[key][name] for name in kept if name in found[key]}
+        return found
+
+    result = {key: table[key] for key in ("set", "counts", "labels", "cells")}
+    result["primary"] = table["primary"] and short(table["primary"])
+    for key in ("rows", "exploratory", "permuted"):
+        result[key] = [short(entry) for entry in table[key]]
+    return rounded(result)
+
+
+def parts(table: dict[str, Any]) -> list[str]:
+    """The tables of a set: AUROC by arm and count, frozen and full, then what the permuted labels gave."""
+    counts, folds = table["counts"], table["counts"]["folds"]
+    labels = ", ".join(f"{name} {n['positive']}/{n['negative']}" for name, n in counts["labels"].items())
+    found = [
+        f"{counts['test_images']} test images of {counts['test_patients']} patients (positive/negative: {labels})"
+        + (f", {folds} patient folds pooled" if folds else "")
+        + f"; {table['cells']['done']} of {table['cells']['asked']} cells are done."
+    ]
+    if table["primary"]:
+        found.append(f"**{table['primary']['sentence']}**")
+    groups = list(dict.fromkeys((row["label"], row["group"]) for row in table["rows"]))
+    several = len(table["labels"]) > 1
+    kept = [g for g in groups if g[0] == table["labels"][0] or (several and g == (groups[-1][0], OVERALL))]
+    for label, group in kept:
+        for mode in dict.fromkeys(row["mode"] for row in table["rows"]):
+            rows = [r for r in table["rows"] if (r["label"], r["group"], r["mode"]) == (label, group, mode)]
+            found += [f"*{label}{'' if group == OVERALL else ', ' + group}, {mode}*", matrix(rows)]
+    if several:
+        rows = [r for r in table["rows"] if (r["group"], r["mode"], r["patients"]) == (OVERALL, "frozen", "all")]
+        found += ["*Every label, frozen, all patients*", matrix(rows, "label")]
+    best = [entry for entry in table["exploratory"] if entry["reference"]["arm"] == "imagenet"]
+    if best:
+        found += [
+            "*Exploratory: minus ImageNet at the same size and mode; p by Holm over all exploratory contrasts*",
+            against(best),
+        ]
+    inside, wide = sum(row["at_chance"] for row in table["permuted"]), len(table["permuted"])
+    if wide:
+        out = [row for row in table["permuted"] if not row["at_chance"]]
+        text = "; ".join(
+            f"{r['mode']}, {r['patients']} patients, {r['label']}, {r['group']}: {figure(r['auroc'])}" for r in out
+        )
+        found.append(
+            f"Permuted labels: {inside} of {wide} intervals hold 0.5." + (f" Those that do not: {text}." if out else "")
+        )
+    return found
+
+
+def matrix(rows: list[dict[str, Any]], across: str = "patients") -> str:
+    """Markdown: an arm a line, a count of labelled patients (or a label) a column; draws in the head."""
+    heads = list(dict.fromkeys(row[across] for row in rows))
+    lines = [["arm", *heads], ["---"] * (len(heads) + 1)]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        cells = {row[across]: f"{figure(row['auroc'])}, {row['draws']}" for row in rows if row["arm"] == arm}
+        lines.append([arm, *(cells.get(head, "-") for head in heads)])
+    return markdown(lines)
+
+
+def against(entries: list[dict[str, Any]]) -> str:
+    heads = list(dict.fromkeys(entry["patients"] for entry in entries))
+    lines = [["contrast", *heads], ["---"] * (len(heads) + 1)]
+    for name in dict.fromkeys(map(pair, entries)):
+        cells = {
+            e["patients"]: f"{figure(e['difference'], '+')}, p {e['p_holm']:.3f}" for e in entries if pair(e) == name
+        }
+        lines.append([name, *(cells.get(head, "-") for head in heads)])
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""The linear probe: L2-regularized logistic regressions on frozen features, all labels, folds and strengths in one sweep.
+
+The objective of one fit is ||w||^2 / 2 + C * (sum of log-losses), the intercept free, on standardized features: what
+scikit-learn's LogisticRegression minimizes. All fits share the features, so each step is a matrix product for all of them:
+
+* The features are turned into the basis of their principal axes, which changes neither scores nor penalty, and where
+  images are fewer than features leaves as many numbers an image as there are images. There the Hessian of every fit is
+  nearly diagonal: F' diag(s) F is close to mean(s) * diag(eigenvalues) (exactly so for equal s; Boehning 1992 bounds it
+  likewise by s = 1/4), which preconditions all of them at no cost.
+* Newton's steps by preconditioned conjugate gradients, no more exact than the step deserves (Dembo, Eisenstat and Steihaug
+  1982), with backtracking; fits that have converged leave the batch.
+* Strengths are passed from strong to weak regularization; each begins where a parabola through the last three solutions
+  points, if that is lower than the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import softplus
+
+from carina.data.splits import patient_folds
+from carina.errors import CarinaError
+from carina.finetune.recipe import ProbeSettings
+from carina.metrics.ranking import auroc
+from carina.training.engine import pick_device
+
+PRECISE = 2**20  # features up to this many numbers are computed in double precision; larger ones leave the cache
+TOLERANCE = 1e-7  # of the objective that a fit may lie above its minimum, by Newton's decrement
+MAX_NEWTON, MAX_CG = 100, 100
+
+
+class Axes:
+    """Features (N, D), standardized and turned onto their principal axes, a column of ones behind them.
+
+    rows: (N, R + 1), R <= min(N, D). `unfold` turns solutions back into coefficients of the features as they came.
+    Constant features get coefficient 0.
+    """
+
+    def __init__(self, features: np.ndarray):
+        precise = features.size <= PRECISE
+        self.device = torch.device("cpu") if precise else pick_device()
+        kind = np.float64 if precise else np.float32
+        self.mean = features.mean(axis=0, dtype=np.float64)
+        x = (features - self.mean).astype(kind)
+        self.scale = np.sqrt(np.einsum("nd,nd->d", x, x, dtype=np.float64) / len(x))
+        self.constant = self.scale <= 1e-6 * np.abs(self.mean)
+        self.scale[self.constant] = 1.0
+        x[:, self.constant] = 0.0
+        x = torch.from_numpy(np.divide(x, self.scale, out=x, casting="same_kind")).to(self.device)
+        wide = x.shape[0] < x.shape[1]
+        values, axes = torch.linalg.eigh(x.double() @ x.double().T if wide else x.T @ x)
+        if wide:  # the others span no direction in which images differ
+            kept = values > 1e-12 * values[-1].clamp(min=1e-300)
+            axes = x.T @ (axes[:, kept] / values[kept].sqrt()).to(x.dtype)
+        self.axes = axes
+        self.rows = torch.cat([x @ axes, x.new_ones(len(x), 1)], dim=1)
+        self.spread = (self.rows * self.rows).sum(dim=0)
+
+    def unfold(self, solutions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Solutions (P, R + 1) -> weights (P, D) and biases (P,), float64."""
+        weight = (solutions[:, :-1].double() @ self.axes.double().T).cpu().numpy() / self.scale
+        weight[:, self.constant] = 0.0
+        return weight, solutions[:, -1].double().cpu().numpy() - weight @ self.mean
+
+
+class Fits:
+    """P logistic regressions on the rows of `axes`: targets (P, N) in [0, 1], used (P, N) says which rows each one sees."""
+
+    def __init__(self, axes: Axes, targets: np.ndarray, used: np.ndarray, tolerance: float = TOLERANCE):
+        self.axes, self.tolerance = axes, tolerance
+        like = {"dtype": axes.rows.dtype, "device": axes.device}
+        self.positive = torch.from_numpy(np.where(used, targets, 0.0)).to(**like)
+        self.negative = torch.from_numpy(np.where(used, 1.0 - targets, 0.0)).to(**like)
+
+    def sweep(self, strengths: Sequence[float]) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
+        """(strength C, solutions (P, R + 1), logits (P, N) of all rows) for ascending strengths."""
+        axes, past = self.axes, []
+        start = axes.rows.new_zeros(len(self.positive), axes.rows.shape[1])
+        counts = [part.sum(dim=1).clamp(min=1e-6) for part in (self.positive, self.negative)]
+        start[:, -1] = torch.log(counts[0] / counts[1])
+        for strength in sorted(set(strengths)):
+            starts = [start]
+            if len(past) > 1:
+                places = np.log([*(place for place, _ in past), strength])
+                others = [(places[-1] - np.delete(places[:-1], i)) / (own - np.delete(places[:-1], i))
+                          for i, own in enumerate(places[:-1])]  # fmt: skip
+                starts.append(sum(float(np.prod(o)) * solution for o, (_, solution) in zip(others, past)))
+            start, logits = self._solve(strength, starts)
+            past = [*past, (strength, start)][-3:]
+            yield strength, start, logits
+
+    def _losses(self, logits: torch.Tensor, fits: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """(P,) float64 sums of log-losses; both classes by themselves, because a difference would lose the small ones."""
+        parts = self.positive[fits] * softplus(-logits) + self.negative[fits] * softplus(logits)
+        return parts.sum(dim=1, dtype=torch.float64)
+
+    def _solve(self, strength: float, starts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The minima from the better of the starts, a fit at a time; their logits. Objectives are divided by C."""
+        rows = self.axes.rows
+        ridge = rows.new_full((rows.shape[1],), 1 / strength)
+        ridge[-1] = 0
+
+        def penalty(w: torch.Tensor) -> torch.Tensor:
+            return 0.5 * (ridge * w * w).sum(dim=1, dtype=torch.float64)
+
+        w, z = starts[0].clone(), starts[0] @ rows.T
+        value = self._losses(z) + penalty(w)
+        for other in starts[1:]:
+            logits = other @ rows.T
+            found = self._losses(logits) + penalty(other)
+            better = found < value
+            w[better], z[better], value[better] = other[better], logits[better], found[better]
+        slack = 16 * torch.finfo(rows.dtype).eps  # below it a rise of the objective is rounding
+        live = torch.arange(len(w), device=w.device)
+        for _ in range(MAX_NEWTON):
+            here = z[live]
+            up, down = torch.sigmoid(here), torch.sigmoid(-here)
+            gradient = (self.negative[live] * up - self.positive[live] * down) @ rows + ridge * w[live]
+            curvature = (self.positive[live] + self.negative[live]) * up * down
+            diagonal = ridge + self.axes.spread * curvature.mean(dim=1, keepdim=True)
+            diagonal = diagonal.clamp(min=torch.finfo(rows.dtype).tiny)
+            decrement = (gradient * gradient / diagonal).sum(dim=1).double()
+            open_ = decrement > self.tolerance * value[live]
+            if not open_.any():
+                break
+            live, gradient, curvature, diagonal, decrement = (
+                part[open_] for part in (live, gradient, curvature, diagonal, decrement)
+            )
+            # as exact as the quadratic model is, but never beyond what is asked for
+            goal = torch.minimum(0.1 * decrement, decrement**2 / value[live])
+            goal = torch.maximum(goal, 0.1 * self.tolerance * value[live])
+            step, change = self._newton(gradient, curvature, diagonal, ridge, decrement, goal)
+            before, slope = value[live], (gradient * step).sum(dim=1).double()
+            length = rows.new_ones(len(live), 1)
+            for _ in range(40):
+                found = self._losses(z[live] + length * change, live) + penalty(w[live] + length * step)
+                worse = ~(found <= before + 1e-4 * length[:, 0] * slope + slack * before)
+                if not worse.any():
+                    break
+                length[worse] /= 2
+            length[worse] = 0
+            value[live] = torch.where(worse, before, found)
+            w[live] += length * step
+            z[live] += length * change
+            live = live[~worse]  # as low as rounding lets it come
+        return w, z
+
+    def _newton(
+        self,
+        gradient: torch.Tensor,
+        curvature: torch.Tensor,
+        diagonal: torch.Tensor,
+        ridge: torch.Tensor,
+        decrement: torch.Tensor,
+        goal: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Steps (P, R + 1) that solve Newton's equations until the preconditioned residual is below `goal` (P,), and the
+        changes of logits (P, N) that they make."""
+        rows = self.axes.rows
+        steps, changes = torch.zeros_like(gradient), torch.zeros_like(curvature)
+        places = torch.arange(len(gradient), device=gradient.device)
+        residual = -gradient
+        direction, size, goal = residual / diagonal, decrement.to(rows.dtype), goal.to(rows.dtype)
+        for _ in range(MAX_CG):
+            along = direction @ rows.T
+            product = (curvature * along) @ rows + ridge * direction
+            rate = (size / (direction * product).sum(dim=1))[:, None]
+            steps[places] += rate * direction
+            changes[places] += rate * along
+            residual = residual - rate * product
+            scaled = residual / diagonal
+            fresh = (residual * scaled).sum(dim=1)
+            direction, size = scaled + (fresh / size)[:, None] * direction, fresh
+            open_ = size > goal
+            if not open_.all():
+                if not open_.any():
+                    break
+                places, residual, direction, size, goal, curvature, diagonal = (
+                    part[open_] for part in (places, residual, direction, size, goal, curvature, diagonal)
+                )
+        return steps, changes
+
+
+def fit_many(
+    features: np.ndarray, targets: np.ndarray, strengths: Sequence[float], tolerance: float = TOLERANCE
+) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
+    """(strength, weights (L, D), biases (L,)) of every strength, ascending: one logistic regression a label.
+
+    features: (N, D). targets: (N, L) in [0, 1], NaN where a row is left out. The features are standardized over all N rows;
+    coefficients are of the features as they come.
+    """
+    axes = Axes(features)
+    used = ~np.isnan(targets.T)
+    for strength, solutions, _ in Fits(axes, targets.T, used, tolerance).sweep(strengths):
+        yield strength, *axes.unfold(solutions)
+
+
+def _two_classes(target: np.ndarray) -> bool:
+    """Certain values of both classes: soft targets are fitted, but neither count nor judge."""
+    return bool((target == 1).any() and (target == 0).any())
+
+
+def _fold_fits(target: np.ndarray, patients: list[str], folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(rows that are fitted (N,), rows that are scored (N,)) of each fold whose other folds hold both classes."""
+    known = np.flatnonzero(~np.isnan(target))
+    own = [patients[row] for row in known]
+    if len(set(own)) < folds:
+        return []
+    number = np.full(len(target), -1)
+    number[known] = patient_folds(own, folds, seed)
+    parts = [((number >= 0) & (number != fold), number == fold) for fold in range(folds)]
+    return [(rest, held) for rest, held in parts if _two_classes(target[rest])]
+
+
+def probe(
+    features: np.ndarray,
+    targets: np.ndarray,
+    patients: list[str],
+    labels: list[str],
+    settings: ProbeSettings,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any], np.ndarray]:
+    """A logistic regression a label on features (N, D), targets (N, L) in [0, 1] with NaN where unknown.
+
+    The strength is chosen per label by the AUROC of cross-fitted scores of certain targets (0 or 1), folds by patient,
+    inside these rows alone; of equal ones the strongest regularization. Where patients are fewer than folds the middle
+    strength is taken. Returns weights (L, D), biases (L,), what was chosen by label, and the cross-fitted logits (N, L) at
+    the chosen strength, NaN where nothing was crossed. Raises CarinaError for a label of one class only.
+    """
+    fits, everything = [], []
+    for column, label in enumerate(labels):
+        target = targets[:, column]
+        if not _two_classes(target):
+            raise CarinaError(
+                f"the training rows hold one class only of '{label}' ({int((target == 1).sum())} positive, "
+                f"{int((target == 0).sum())} negative); give more patients or leave the label out"
+            )
+        everything.append(len(fits))
+        fits.append((column, ~np.isnan(target), np.zeros(len(target), dtype=bool)))
+        fits += [(column, rest, held) for rest, held in _fold_fits(target, patients, settings.folds, seed)]
+    axes = Axes(np.asarray(features))
+    columns = [column for column, _, _ in fits]
+    sweep = Fits(axes, targets.T[columns], np.stack([used for _, used, _ in fits])).sweep(settings.strengths)
+    middle = settings.strengths[len(settings.strengths) // 2]
+    best: list[tuple[float, float] | None] = [None] * len(labels)
+    chosen = {label: {"strength": middle, "cross_fitted_auroc": None} for label in labels}
+    crossed = np.full(targets.shape, np.nan)
+    solutions = torch.zeros(len(labels), axes.rows.shape[1], dtype=axes.rows.dtype, device=axes.device)
+    for strength, found, logits in sweep:
+        logits = logits.double().cpu().numpy()
+        for number, label in enumerate(labels):
+            scores = np.full(len(targets), np.nan)
+            for row, (column, _, held) in zip(logits, fits):
+                if column == number:
+                    scores[held] = row[held]
+            certain = ~np.isnan(scores) & np.isin(targets[:, number], (0, 1))
+            value = auroc(targets[certain, number], scores[certain]) if certain.any() else np.nan
+            if np.isnan(value):
+                if best[number] is None and strength == middle:
+                    solutions[number] = found[everything[number]]
+            elif best[number] is None or round(value, 4) > best[number]:
+                best[number] = round(value, 4)
+                solutions[number], crossed[:, number] = found[everything[number]], scores
+                chosen[label] = {"strength": strength, "cross_fitted_auroc": round(float(value), 4)}
+    weights, biases = axes.unfold(solutions)
+    return weights, biases, chosen, crossed
