@@ -8,8 +8,8 @@ scale and the stack's weights are fitted on the others, everything inside them, 
 with at least `positives` positive images. The stack is held against the best single scale twice: the one that is best on
 these very images (oracle, which nobody can choose), and the one that cross-fitted training scores chose for each finding.
 The bar: stack minus oracle of the mean over labels, lower bound above -0.02.
-phantoms: as many normal phantoms, each with a small soft nodule in half of them and a large one in the other half of the
-draws, independently (carina.imaging.planting; diameters are fractions of the side). The bar: the small one puts more weight
+phantoms: as many normal phantoms, with a small soft nodule planted in half of them and a large one in half of them,
+independently (carina.imaging.planting; diameters are fractions of the side). The bar: the small one puts more weight
 on the largest scale than the large one. With out=FILE.json the weights are drawn into FILE-STORE.png.
 """
 
@@ -51,7 +51,7 @@ from carina.progress import Progress
 from carina.recipes import Section
 
 BAR = -0.02
-SMALL, LARGE = "Small_lesion", "Large_lesion"
+SMALL, LARGE = "Small_Lesion", "Large_Lesion"
 
 
 class Arguments(Section):
@@ -87,7 +87,7 @@ DEFAULTS = {
     "small": 0.04,
     "large": 0.25,
     "small_contrast": 4.0,
-    "large_contrast": 1.0,
+    "large_contrast": 2.5,
     "resamples": 2000,
     "seed": 0,
 }

@@ -134,9 +134,9 @@ def _compare(args, positionals, overrides):
 def _predict(args, positionals, overrides):
     from carina.evaluate.predict import predict, terminal_table
 
-    result = predict(positionals[0], positionals[1:], maps=args.maps, quiet=args.quiet)
     if overrides:
         raise CarinaError(f"predict takes no overrides, '{overrides[0]}' was given")
+    result = predict(positionals[0], positionals[1:], maps=args.maps, csv=args.csv, quiet=args.quiet)
     if not args.json:
         _show(terminal_table(result))
     return result
@@ -227,7 +227,7 @@ VERBS: dict[str, Verb] = {
         "carina predict runs/frozen images/*.png --maps maps --json",
         _predict,
         (2, None),
-        (("--maps=DIR", "write a heat map beside every score"),),
+        (("--maps=DIR", "write a heat map beside every score"), ("--csv=FILE", "write the scores, a row a file")),
     ),
     "embed": Verb(
         "RUN STORE|FILES...",
@@ -238,7 +238,7 @@ VERBS: dict[str, Verb] = {
     ),
     "publish": Verb(
         "RUN",
-        "backbone or predictor -> hub.",
+        "backbone or predictor -> hub, after a search for identifiers and a test that it loads; --dry-run sends nothing.",
         "carina publish runs/pretrained repo=org/name license=apache-2.0 out=published --dry-run",
         _publish,
         (1, 1),

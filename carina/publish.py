@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,7 @@ class PublishSettings(Section):
     evaluations: str | list[str] | None = None
     onnx: bool | None = None
     watts: Annotated[float, Field(gt=0)] | None = None
+    wandb: Literal["offline", "online", "off"] = "off"
 
 
 def publish(run: str, overrides: Any = (), *, dry_run: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -71,12 +72,13 @@ def publish(run: str, overrides: Any = (), *, dry_run: bool = False, quiet: bool
     )
     manifest, folder = find_manifest(run), Path(settings.out)
     hashes = set() if manifest is None else set(manifest[["patient_id", "image_id", "content_hash"]].to_numpy().ravel())
+    metrics = evaluations_of(opened.folder, artefact, _listed(settings.evaluations))
     result = assemble(
         artefact,
         folder,
         told,
         public(opened.recipe()),
-        metrics=evaluations_of(opened.folder, artefact, _listed(settings.evaluations)),
+        metrics=metrics,
         onnx=settings.onnx,
         allow_memory=settings.allow_memory,
         hashes=hashes,
@@ -88,6 +90,8 @@ def publish(run: str, overrides: Any = (), *, dry_run: bool = False, quiet: bool
     for clause in missing:
         say(f"before the upload: {clause.sentence()} (confirm={clause.id})")
     url = None if dry_run else upload(folder, settings.repo, settings.private)
+    if settings.wandb != "off":
+        _track(opened, settings, folder, result["kind"], metrics)
     where = f"{settings.repo} would receive" if dry_run else f"{url} received"
     say(f"{where} {len(result['files'])} files, {result['bytes'] / 2**20:.1f} MiB: {folder}")
     say(
@@ -102,6 +106,27 @@ def publish(run: str, overrides: Any = (), *, dry_run: bool = False, quiet: bool
         "loads_back": differences,
         "to_confirm": [{"id": clause.id, "clause": clause.sentence()} for clause in missing],
     }
+
+
+def _track(run: Run, settings: PublishSettings, folder: Path, kind: str, metrics: list[dict[str, Any]]) -> None:
+    """Tables of the evaluations, the curves of pretraining and the artefact by its address, for wandb; no image of a person
+    and no weights."""
+    from carina.models.hub import SUMS
+    from carina.training.tracking import Tracker
+
+    tracker = Tracker(run, settings.wandb, run.recipe())
+    try:
+        for one in metrics:
+            rows = [{"label": row["label"], **{f"{name} {key}": row[name][key] for name in ("auroc", "ap")
+                     for key in ("value", "low", "high")}, "positives": row["positives"], "n": row["n"]}
+                    for row in one["table"]]  # fmt: skip
+            tracker.table(f"evaluation {one['split']}", rows)
+        tracker.picture("watched while it trained", run.folder / "watch.png", shows_patients=False)
+        sums = dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text("utf-8").splitlines())
+        name = settings.repo.replace("/", "-")
+        tracker.reference(name, "model", f"hf://{settings.repo}", {"kind": kind, "sha256": sums})
+    finally:
+        tracker.close()
 
 
 def _named(backbone: str) -> str:

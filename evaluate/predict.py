@@ -10,14 +10,16 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import torch
 
 from carina.data.batches import in_order
-from carina.data.store import Selection, select
+from carina.data.encoding import Encoding
+from carina.data.store import Selection, select, unit
 from carina.errors import CarinaError
 from carina.evaluate.explain import heat_maps
-from carina.files import atomic_path, write_table
+from carina.files import atomic_path, write_table, write_text
 from carina.imaging.dicom import Unreadable, list_files, read_radiograph
 from carina.imaging.frames import make_frames
 from carina.imaging.geometry import Geometry, resize_mask
@@ -25,7 +27,7 @@ from carina.imaging.photometry import Photometry
 from carina.isolation import isolated
 from carina.models.backbones import Backbone, load_backbone
 from carina.models.fetch import fetched
-from carina.models.predictor import load_predictor, map_span
+from carina.models.predictor import Predictor, load_predictor, map_span
 from carina.progress import Progress
 from carina.recipes import Section, parse_overrides, validate
 from carina.training.engine import pick_device
@@ -36,9 +38,13 @@ BATCH = 32  # files read and scored at a time
 @dataclass(frozen=True)
 class _Reader:
     """One file as prepare would store it, scale -> (S, S) float32, and its lungs where they are asked for, scale -> (S, S)
-    bool; or why it cannot be. Runs in another process."""
+    bool; or why it cannot be. Runs in another process.
+
+    encodings: of every scale that the store has, because smaller scales, markers and lungs are made from larger ones.
+    """
 
     scales: tuple[int, ...]
+    encodings: dict[int, Encoding]
     photometry: Photometry
     geometry: Geometry
     lungs: bool
@@ -51,24 +57,33 @@ class _Reader:
             return {}, {}, str(error)
         spacing = radiograph.facts.get("spacing")
         frames = make_frames(
-            radiograph.image, self.scales, self.photometry, self.geometry, spacing, find_lungs=self.lungs
+            radiograph.image, sorted(self.encodings), self.photometry, self.geometry, spacing, find_lungs=self.lungs
         )
         whole = Geometry("stretch")
         lungs = {scale: resize_mask(frames.lungs, scale, whole) for scale in self.scales} if self.lungs else {}
-        # a store keeps 8 bits unless it is told otherwise
-        images = {scale: np.rint(pixels * 255) / np.float32(255) for scale, pixels in frames.images.items()}
+        images = {}
+        for scale in self.scales:
+            encoding = self.encodings[scale]
+            images[scale] = unit(encoding.decode(encoding.encode(encoding.quantize(frames.images[scale])), scale))
         return images, lungs, ""
 
 
 def read_files(
-    paths: Sequence[str], scales: Sequence[int], photometry: Photometry, geometry: Geometry, lungs: bool = False
+    paths: Sequence[str],
+    scales: Sequence[int],
+    photometry: Photometry,
+    geometry: Geometry,
+    lungs: bool = False,
+    encodings: dict[int, Encoding] | None = None,
 ) -> Iterator[tuple[list[str], dict[int, torch.Tensor], dict[int, torch.Tensor], list[dict[str, str]]]]:
     """Files as prepare would store them, 32 at a time: (paths read, scale -> images (N, 1, S, S) in [0, 1], scale -> lungs
     (N, 1, S, S) bool, empty unless `lungs`, rejected).
 
+    encodings: of all scales of the store whose bytes are to be reproduced (default: 8 bits at `scales`, and no others).
     They are decoded in another process, so that a file that kills its decoder costs that file.
     """
-    reader = _Reader(tuple(scales), photometry, geometry, lungs)
+    scales = tuple(dict.fromkeys(scales))
+    reader = _Reader(scales, encodings or dict.fromkeys(scales, Encoding()), photometry, geometry, lungs)
     results = zip(paths, isolated(reader, paths))
     while group := list(islice(results, BATCH)):
         read, images, fields, rejected = [], [], [], []
@@ -97,11 +112,15 @@ def expand(paths: Sequence[str]) -> list[str]:
     return files
 
 
-def predict(run: str, paths: Sequence[str], *, maps: str | None = None, quiet: bool = False) -> dict[str, Any]:
-    """Scores of files: {"predictions": [{"path", "scores", "above"}], "rejected": [{"path", "reason"}]}.
+def predict(
+    run: str, paths: Sequence[str], *, maps: str | None = None, csv: str | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Scores of files: {"predictions": [{"path", "scores", "above_threshold"}], "rejected": [{"path", "reason"}]}.
 
-    maps: a folder that receives a heat map (PNG) per file and label. A predictor of the lungs or the background alone finds
-    the lungs of each file itself.
+    Files are read as prepare read those that the predictor was trained on, its encoding included, so a file's scores are
+    those that evaluate gives its row. maps: a folder that receives a heat map (PNG) per file and label, of a stack by the
+    member that counts most for the label. csv: a file that receives the scores, a row a file. A predictor of the lungs
+    or the background alone finds the lungs of each file itself.
     """
     device = pick_device()
     predictor = load_predictor(run, device)
@@ -113,8 +132,9 @@ def predict(run: str, paths: Sequence[str], *, maps: str | None = None, quiet: b
     files = expand(paths)
     names, span = _map_names(files), predictor.info.get("map_span")
     need_lungs = any(member.needs_lungs for member in predictor.members)
+    reading = read_files(files, predictor.scales, photometry, geometry, need_lungs, _encodings(predictor))
     with Progress("predict", len(files), unit="files", quiet=quiet) as progress:
-        for read, images, lungs, bad in read_files(files, predictor.scales, photometry, geometry, need_lungs):
+        for read, images, lungs, bad in reading:
             rejected += bad
             if read:
                 images, lungs = ({s: part.to(device) for s, part in some.items()} for some in (images, lungs))
@@ -124,43 +144,69 @@ def predict(run: str, paths: Sequence[str], *, maps: str | None = None, quiet: b
                     above = {label: value >= predictor.info["thresholds"][label] for label, value in values.items()}
                     predictions.append({"path": path, "scores": values, "above_threshold": above})
                 if maps:
-                    member = predictor.members[0]
-                    pixels, field = images[member.scale], lungs.get(member.scale)
-                    if span is None and member.scorer is not None and member.scorer.positions:
-                        # without recorded values one scale for all files, from the first of them
-                        with torch.no_grad():
-                            span = map_span(member.maps(pixels, field).float().cpu().numpy())
-                    _write_maps(Path(maps), predictor, [names[path] for path in read], pixels, field, span)
+                    span = span or _first_span(predictor, images, lungs)
+                    _write_maps(Path(maps), predictor, [names[path] for path in read], images, lungs, span)
             progress.advance(len(read) + len(bad))
     if not predictions:
         raise CarinaError(f"none of the {len(rejected)} files could be read; the first reason: {rejected[0]['reason']}")
-    return {
+    result = {
         "kind": predictor.info["kind"],
         "score": predictor.info["score"],
         "thresholds": predictor.info["thresholds"],
         "predictions": predictions,
         "rejected": rejected,
     }
+    if csv:
+        write_text(csv, _as_csv(result))
+    return result
+
+
+def _encodings(predictor: Predictor) -> dict[int, Encoding] | None:
+    """Of all scales of the store that it was trained on; None where an older carina recorded none."""
+    found = predictor.info.get("encoding")
+    return found and {int(s): Encoding(e["format"], int(e["bits"]), int(e["quality"])) for s, e in found.items()}
+
+
+def _as_csv(result: dict[str, Any]) -> str:
+    """A row a file: path, of each label the score and whether it is at or above its threshold (1 or 0), and why a file was
+    rejected."""
+    columns = [column for label in result["thresholds"] for column in (label, f"{label}_above_threshold")]
+    rows = []
+    for row in result["predictions"]:
+        found = {f"{label}_above_threshold": int(above) for label, above in row["above_threshold"].items()}
+        rows.append({"path": row["path"], **row["scores"], **found})
+    frame = pd.DataFrame(rows + result["rejected"], columns=["path", *columns, "reason"])
+    whole = {column: "Int64" for column in columns if column.endswith("_above_threshold")}
+    return frame.astype(whole).to_csv(index=False)
 
 
 def _map_names(files: Sequence[str]) -> dict[str, str]:
     """A name for each file's maps: its stem, with a number where several files share it."""
     names: dict[str, str] = {}
-    taken: dict[str, int] = {}
-    for file in files:
-        stem = Path(file).stem
-        taken[stem] = taken.get(stem, 0) + 1
-        names[file] = stem if taken[stem] == 1 else f"{stem}-{taken[stem]}"
+    for file in dict.fromkeys(files):
+        stem, number = Path(file).stem, 1
+        while (name := stem if number == 1 else f"{stem}-{number}") in names.values():
+            number += 1
+        names[file] = name
     return names
 
 
-def _write_maps(folder: Path, predictor, names: list[str], images: torch.Tensor, lungs, span) -> None:
+@torch.no_grad()
+def _first_span(predictor: Predictor, images: dict[int, torch.Tensor], lungs: dict[int, torch.Tensor]) -> Any:
+    """Without recorded values one scale of anomaly maps for all files, from the first of them; None without such maps."""
+    member = predictor.members[0]
+    found = member.maps(images[member.scale], lungs.get(member.scale))
+    return None if found is None else map_span(found.float().cpu().numpy())
+
+
+def _write_maps(folder: Path, predictor: Predictor, names: list[str], images: dict, lungs: dict, span: Any) -> None:
     from carina.evaluate.report.figures import example
 
-    member = predictor.members[0]
     for column, label in enumerate(predictor.labels):
-        heats = heat_maps(member, images, column, lungs, span)
-        for name, image, heat in zip(names, images.cpu(), heats):
+        member = predictor.leading(column)
+        pixels = images[member.scale]
+        heats = heat_maps(member, pixels, column, lungs.get(member.scale), span)
+        for name, image, heat in zip(names, pixels.cpu(), heats):
             picture = example(image[0].numpy(), heat, None, False)
             with atomic_path(folder / f"{name}-{label}.png") as temporary:
                 temporary.write_bytes(picture)

@@ -17,7 +17,8 @@ from carina.data.manifest import find_manifest, overlap
 from carina.data.splits import linked_patients, stable_folds
 from carina.data.store import Selection, select
 from carina.errors import CarinaError
-from carina.evaluate import anomaly
+from carina.evaluate import anomaly, audits
+from carina.evaluate.audits.common import AuditSettings
 from carina.evaluate.report import build_report
 from carina.evaluate.report.content import report_content
 from carina.evaluate.report.figures import stack_chart
@@ -52,6 +53,7 @@ class EvaluateRecipe(Section):
     resamples: Annotated[int, Field(ge=100)]
     examples: Annotated[int, Field(ge=0, le=200)]
     controls: bool
+    audits: list[str]
     seed: int
 
 
@@ -267,6 +269,7 @@ def evaluate(runs: str, overrides: Any = (), *, quiet: bool = False) -> dict[str
         "resamples": recipe.resamples,
         "table": table,
         "scales": scale_table(done, parts, recipe) if len(predictor.members) > 1 else None,
+        "audits": _audited(predictor, selection, recipe, folders, quiet),
         **(_beyond(done, table, recipe, quiet) if predictor.info["kind"] == "anomaly" else {}),
     }
     write_table(out / "predictions.parquet", frame.assign(age=frame["age"].astype(np.float32)))
@@ -303,6 +306,15 @@ def _beyond(done: list[tuple], table: list[dict], recipe: EvaluateRecipe, quiet:
         "localization": found,
         "words": words,
     }
+
+
+def _audited(
+    predictor: Predictor, selection: Selection, recipe: EvaluateRecipe, folders: list[str], quiet: bool
+) -> list[dict[str, Any]]:
+    if recipe.audits and len(folders) > 1:
+        raise CarinaError("audits are of one predictor; evaluate the folds one by one to audit them")
+    settings = AuditSettings(resamples=recipe.resamples, seed=recipe.seed, run=folders[0])
+    return audits.run(recipe.audits, predictor, selection, recipe.store, settings, quiet)
 
 
 def _check_free(out: Path, recipe: EvaluateRecipe) -> None:
@@ -346,7 +358,7 @@ def terminal_table(result: dict[str, Any]) -> Any:
         table.add_column(name)
     for row in result["table"]:
         cells = [row["label"], *_figures(row["auroc"]), _three(row["ap"]["value"])]
-        cells += [_three(row["fpr95"])] * detects + [f"{row['positives']} of {row['n']}"]
+        cells += [_three(row.get("fpr95"))] * detects + [f"{row['positives']} of {row['n']}"]
         cells += [result["pretext_saw"], result["labels_used"]] * detects
         table.add_row(*cells, row["note"])
     shown = [table]

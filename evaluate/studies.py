@@ -58,5 +58,7 @@ class Pooling:
         if self.level == "patient":
             result["study_id"] = ""
         views = pd.Series(table["view"].to_numpy(dtype=object)).groupby(self.codes)
-        result["view"] = views.agg(lambda found: "+".join(sorted({view for view in found if isinstance(view, str) and view}))).to_numpy()
+        result["view"] = views.agg(
+            lambda found: "+".join(sorted({view for view in found if isinstance(view, str) and view}))
+        ).to_numpy()
         return result

@@ -13,6 +13,7 @@ from carina.finetune.protocol_page import Grid, figure, number, pages, tables
 
 HEADS = ["mode", "patients", "arm", "AUROC", "AP", "draws", "labels used", "pretext saw", "test seen before"]
 OVERALL = "overall"
+TICKS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # of the figure
 
 
 def cells_of(row: dict[str, Any]) -> list[str]:
@@ -133,7 +134,7 @@ def draw_curves(result: dict[str, Any], path: Path) -> None:
             _panel(panel, rows, arms, colors, plain)
             synthetic = "synthetic, " if result["synthetic"] else ""
             panel.set_title(f"{table['set']}: {label}\n{synthetic}{mode}", fontsize=10)
-        row_of_panels[0].set_ylabel("AUROC")
+        row_of_panels[0].set_ylabel("AUROC (logit axis)")
     handles = {h.get_label(): h for panel in panels.flat for h in panel.get_legend_handles_labels()[0]}
     ordered = [arm for arm in arms if arm in handles]
     sheet.legend(
@@ -149,35 +150,34 @@ def draw_curves(result: dict[str, Any], path: Path) -> None:
 
 
 def _panel(panel: Any, rows: list[dict[str, Any]], arms: list[str], colors: dict[str, Any], plain: set[str]) -> None:
-    ticks = {row["labelled_patients"]: row["patients"] for row in rows}
-    panel.axhline(0.5, color="0.8", linewidth=1, zorder=0)
+    places: dict[str, int] = {}
+    for row in rows:
+        places.setdefault(row["patients"], row["labelled_patients"])
     there = [arm for arm in arms if any(row["arm"] == arm for row in rows)]
+    spread = max(places.values(), default=1) / min(places.values(), default=1)
+    panel.axhline(0.5, color="0.8", linewidth=1, zorder=0)
     for place, arm in enumerate(there):
-        mine = sorted(
-            (r for r in rows if r["arm"] == arm and r["auroc"]["low"] is not None), key=lambda r: r["labelled_patients"]
-        )
+        mine = [row for row in rows if row["arm"] == arm and row["auroc"]["low"] is not None]
+        mine.sort(key=lambda row: places[row["patients"]])
         if not mine:
             continue
-        aside = 1.035 ** (place - (len(there) - 1) / 2)  # so that intervals stand beside each other
-        x, y = [row["labelled_patients"] * aside for row in mine], [row["auroc"]["value"] for row in mine]
-        ends = [
-            [v - row["auroc"]["low"] for v, row in zip(y, mine)],
-            [row["auroc"]["high"] - v for v, row in zip(y, mine)],
-        ]
-        style = {"linestyle": ":" if arm in plain else "-", "marker": "o", "markersize": 3.5, "linewidth": 1.3}
-        panel.errorbar(
-            x,
-            y,
-            yerr=[[max(0.0, e) for e in end] for end in ends],
-            color=colors[arm],
-            elinewidth=0.9,
-            label=arm,
-            **style,
-        )
+        aside = spread ** (0.012 * (place - (len(there) - 1) / 2))  # so that intervals stand beside each other
+        x = [places[row["patients"]] * aside for row in mine]
+        y, low, high = ([_shown(row["auroc"][end]) for row in mine] for end in ("value", "low", "high"))
+        line = {"linestyle": ":" if arm in plain else "-", "marker": "o", "markersize": 3.5, "linewidth": 1.3}
+        panel.vlines(x, low, high, color=colors[arm], linewidth=0.9)
+        panel.plot(x, y, color=colors[arm], label=arm, **line)
     panel.set_xscale("log")
     panel.set_xticks(
-        list(ticks), [f"{name}\n({n})" if name in ("all",) or "%" in name else name for n, name in ticks.items()]
+        list(places.values()), [name if name.isdigit() else f"{name}\n({count})" for name, count in places.items()]
     )
+    panel.set_yscale("logit")  # or what is near 1 could not be told apart
+    low, high = panel.get_ylim()
+    panel.set_yticks(found := [tick for tick in TICKS if low <= tick <= high], [f"{tick:g}" for tick in found])
     panel.minorticks_off()
     panel.set_xlabel("labelled patients")
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _shown(value: float) -> float:
+    return min(max(value, TICKS[0]), TICKS[-1])

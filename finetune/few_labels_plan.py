@@ -235,20 +235,14 @@ class LabelsPlan(BasePlan[LabelsRecipe]):
     def _count(self, name: str) -> dict[str, Any]:
         rows, everything = self.recipe.sets[name], self.rows(name)
         tested = self.tested(name)
-        if rows.folds:
-            dealt = stable_folds(linked_patients(everything.table).tolist(), rows.folds, 0)
-            trained = min(everything.table["patient_id"][dealt != fold].nunique() for fold in range(rows.folds))
-        else:
-            train = everything.split(*rows.train.split("+"))
-            if not len(train) or not len(tested):
-                raise CarinaError(
-                    f"set {name}: no row has split={rows.train} or split={rows.test}; check train= and test="
-                )
-            if shared := shared_patients(everything, train, tested):
-                raise CarinaError(
-                    f"set {name}: {shared} patients are tested and stand in train={rows.train}; give other splits"
-                )
-            trained = train.table["patient_id"].nunique()
+        if not len(tested):
+            raise CarinaError(f"set {name}: no row has split={rows.test}; give test= a split that the store has")
+        train = everything.split(*rows.train.split("+"))
+        if not rows.folds and (shared := shared_patients(everything, train, tested)):
+            raise CarinaError(
+                f"set {name}: {shared} patients are tested and stand in train={rows.train}; give other splits"
+            )
+        trained = self._labelled(name)
         for count in rows.patients:
             if isinstance(count, int) and count > trained:
                 raise CarinaError(
@@ -271,6 +265,17 @@ class LabelsPlan(BasePlan[LabelsRecipe]):
             },
             "synthetic": everything.synthetic,
         }
+
+    def _labelled(self, name: str) -> int:
+        """Patients that can be labelled; of several folds and draws in the one that has fewest."""
+        base = next(recipe for (own, _, _), recipe in self.base.items() if own == name)
+        draws = max(number for own, arm, mode in self.base if own == name for number in self.draws(name, arm, mode))
+        found = [
+            training_rows(base.model_copy(update={"draw": draw, "fold": fold}), self.rows(name))[0]
+            for draw in range(draws if base.folds else 1)
+            for fold in range(base.folds or 1)
+        ]
+        return min(train.table["patient_id"].nunique() for train in found)
 
     # -- units ------------------------------------------------------------------------------------------------------
 

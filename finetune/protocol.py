@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from carina.errors import CarinaError, nearest
-from carina.finetune import few_labels_page, protocol_page
+from carina.finetune import few_labels_page, protocol_anomaly_page
 from carina.finetune.few_labels import FewLabels
 from carina.finetune.few_labels_plan import LabelsPlan, LabelsRecipe
 from carina.finetune.protocol_anomaly import Bench
-from carina.finetune.protocol_plan import Plan, ProtocolRecipe
+from carina.finetune.protocol_anomaly_plan import Plan, ProtocolRecipe
 from carina.recipes import merge, parse_overrides, read_recipe, validate
 
 TASKS = {"anomaly": (ProtocolRecipe, Plan, Bench), "classify": (LabelsRecipe, LabelsPlan, FewLabels)}
@@ -45,4 +45,4 @@ def protocol(name: str, overrides: Any = (), *, dry_run: bool = False, quiet: bo
 
 def terminal(result: dict[str, Any]) -> Any:
     """The tables for a terminal."""
-    return (few_labels_page if result.get("task") == "classify" else protocol_page).terminal(result)
+    return (few_labels_page if result.get("task") == "classify" else protocol_anomaly_page).terminal(result)

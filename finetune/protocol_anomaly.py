@@ -22,9 +22,9 @@ from carina.data.store import Selection, select
 from carina.errors import CarinaError
 from carina.files import read_json, write_json, write_text
 from carina.finetune import anomaly
+from carina.finetune.protocol_anomaly_plan import Cell, Fit, Plan, Unit, known, run_folder
+from carina.finetune.protocol_anomaly_tables import Tables, control_name
 from carina.finetune.protocol_base import FREE, cell_done, identity, past, union, write_cell
-from carina.finetune.protocol_plan import Cell, Fit, Plan, Unit, known, run_folder
-from carina.finetune.protocol_tables import Tables, control_name
 from carina.finetune.recipe import FinetuneRecipe
 from carina.finetune.run import finetune, scale_and_size
 from carina.models.backbones import load_backbone

@@ -21,7 +21,7 @@ from carina.finetune import anomaly, classify
 from carina.finetune.classifier import Classifier, Rows
 from carina.finetune.detector import Detector
 from carina.finetune.recipe import FinetuneRecipe
-from carina.models.backbones import EXTERNAL, backbone_record, load_backbone, pretext_saw
+from carina.models.backbones import backbone_record, load_backbone, pretext_saw, saw_natural_images
 from carina.models.hub import predictor_card, pretraining_facts
 from carina.models.predictor import Member, Predictor, save_predictor
 from carina.recipes import build
@@ -56,7 +56,7 @@ def finetune(
     for name, members, extra in work.predictors(run):
         info = {**_info(recipe, train, facts), **work.facts, **extra}
         _save(run.folder / name, members, info)
-    natural = recipe.backbone in EXTERNAL
+    natural = saw_natural_images(recipe.backbone)
     write_manifest(run.folder, pd.concat(work.seen()), began_with=recipe.backbone, natural_images=natural)
     run.log(f"The predictor is in {run.folder / 'predictor'}")
     return {
@@ -99,6 +99,7 @@ def _info(recipe: FinetuneRecipe, train: Selection, facts: dict[str, Any]) -> di
         "stack": {label: [1.0] for label in recipe.labels},
         "photometry": train.photometry,
         "geometry": train.geometry,
+        "encoding": train.stores[0].info["encoding"],
         "synthetic": train.synthetic,
         "pretext_saw": pretext_saw(recipe.backbone),
         "transductive": bool(backbone_record(recipe.backbone).get("transductive", False)),

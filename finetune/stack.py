@@ -17,33 +17,34 @@ from carina.metrics.calibration import operating_threshold, temperature
 from carina.metrics.ranking import auroc
 from carina.models.predictor import calibrated, logits_of
 
-PRIOR = 20.0  # patients of the rarer class at which the data weigh as much as equal weights
+PRIOR = 20.0  # patients that the prior at equal weights is worth
+SCARCE = 20  # patients of the rarer class below which it is said that there is little to go by
 STEPS, ENOUGH = 5000, 1e-9
 TINY = 1e-12
 
 
 @dataclass(frozen=True)
 class Stack:
-    """weights: (L, M), rows summing to 1. notes: by label, why its weights are equal."""
+    """weights: (L, M), rows summing to 1. notes: by label, why they say little."""
 
     weights: np.ndarray
     notes: dict[str, str]
 
 
-def mixture_weights(likelihood: np.ndarray, pull: float) -> np.ndarray:
-    """(M,) weights >= 0 with sum 1 that maximize sum_i log(sum_m w_m q_im) + pull / M * sum_m log w_m.
+def mixture_weights(likelihood: np.ndarray, counts: np.ndarray, pull: float) -> np.ndarray:
+    """(M,) weights >= 0 with sum 1 that maximize sum_i c_i log(sum_m w_m q_im) + pull / M * sum_m log w_m.
 
-    likelihood: (N, M) of q, the probability that each member gave to what turned out true. The sum is concave, and the
-    expectation-maximization of mixture weights climbs it to its one maximum (Dempster, Laird and Rubin 1977). The second
-    term is a Dirichlet prior with its mode at equal weights, worth `pull` images.
+    likelihood: (N, M) of q, the probability that each member gave to what turned out true. counts: (N,) of c >= 0, what each
+    row counts. The sum is concave, and the expectation-maximization of mixture weights climbs it to its one maximum
+    (Dempster, Laird and Rubin 1977). The second term is a Dirichlet prior with its mode at equal weights.
     """
     likelihood = np.maximum(likelihood, TINY)
     likelihood = likelihood / likelihood.max(axis=1, keepdims=True)
-    count, members = likelihood.shape
+    total, members = counts.sum(), likelihood.shape[1]
     weights = np.full(members, 1 / members)
     for _ in range(STEPS):
-        shares = weights * (likelihood / (likelihood @ weights)[:, None]).sum(axis=0)
-        new = (shares + pull / members) / (count + pull)
+        shares = weights * (likelihood * (counts / (likelihood @ weights))[:, None]).sum(axis=0)
+        new = (shares + pull / members) / (total + pull)
         moved, weights = np.abs(new - weights).max(), new
         if moved < ENOUGH:
             break
@@ -55,10 +56,12 @@ def stack_weights(
 ) -> Stack:
     """Weights by finding from targets (N, L) of 0, 1 or NaN and out-of-fold probabilities (N, L) of M members.
 
-    Members of nearly equal worth cannot be told apart by a handful of patients, and weights that follow their noise cost
-    more than equal ones. What there is to tell lies in the rarer class: with n patients in it the prior is worth
-    PRIOR / n of the images, so equal weights and data count alike at 20 patients, and one part in eleven is prior at 200.
-    A finding with one class only has equal weights.
+    Every patient counts once, its images in equal parts. Members of nearly equal worth can hardly be told apart, and weights
+    that follow their noise cost more than equal ones, so a Dirichlet prior worth PRIOR patients pulls toward these. That
+    says most where positives are few: of negatives that all members are sure of nothing is learned about the weights. On
+    cross-fitted scores of NIH training patients, weights fitted on 15 or 50 % of them had the least log-loss on the others
+    with a prior of about 10, nearly the least and a better AUROC with 20, and lost to equal weights without one. A finding
+    with one class only has equal weights.
     """
     patients = np.asarray(patients)
     weights, notes = np.full((len(labels), len(parts)), 1 / len(parts)), {}
@@ -72,10 +75,11 @@ def stack_weights(
         if rarer == 0:
             notes[label] = "equal weights: no scores of both classes to fit them on"
             continue
+        _, person, images = np.unique(patients[use], return_inverse=True, return_counts=True)
         likelihood = np.where(sick[:, None], scores[use], 1 - scores[use])
-        weights[column] = mixture_weights(likelihood, pull=int(use.sum()) * PRIOR / rarer)
-        if rarer < PRIOR:
-            notes[label] = f"near equal weights: {rarer} patient{'s' * (rarer > 1)} in the rarer class"
+        weights[column] = mixture_weights(likelihood, 1 / images[person], PRIOR)
+        if rarer < SCARCE:
+            notes[label] = f"little to go by: {rarer} patient{'s' * (rarer > 1)} in the rarer class"
     return Stack(weights, notes)
 
 

@@ -22,7 +22,9 @@ from carina.models.backbones import (
     backbone_record,
     checkpoint_activations,
     load_backbone,
+    pretext_saw,
     restore_size_norms,
+    saw_natural_images,
 )
 from carina.models.checkpoints import write_backbone
 from carina.models.hub import backbone_card, earlier_origins
@@ -263,7 +265,7 @@ def _export(
     origin = f"{method} on {len(selection)} chest radiographs" + (" (synthetic)" if selection.synthetic else "")
     backbone.spec = dataclasses.replace(backbone.spec, origin=origin)
     write_manifest(
-        run.folder, seen_rows(selection, "pretrain"), began_with=recipe.init, natural_images=recipe.init in EXTERNAL
+        run.folder, seen_rows(selection, "pretrain"), began_with=recipe.init, natural_images=saw_natural_images(recipe.init)
     )
     write_backbone(run.folder / "backbone", backbone, record, backbone_card(backbone, record))
 
@@ -274,7 +276,8 @@ def _with_earlier(now: str, reference: str, key: str) -> str:
         return now
     if reference in EXTERNAL:
         return f"{now}; before: {EXTERNAL[reference].spec.origin}"
-    earlier = backbone_record(reference).get(key, "unknown")
+    unknown = pretext_saw(reference) if key == "pretext_saw" else "unknown"
+    earlier = backbone_record(reference).get(key, unknown)
     return now if earlier == now else f"{now}; before: {earlier}"
 
 
@@ -286,8 +289,10 @@ def _labels_used(recipe: PretrainRecipe, labels: list[str]) -> str:
 
 def _began_with(reference: str) -> str:
     """The name of public weights; folders and files are the owner's own."""
-    public = reference == "random" or reference in EXTERNAL or reference.startswith(("timm:", "hub:"))
-    return reference if public else "an earlier backbone"
+    kind = reference.partition(":")[0]
+    if kind in EXTERNAL:
+        return kind
+    return reference if reference == "random" or kind in ("timm", "hub") else "an earlier backbone"
 
 
 def published_recipe(recipe: PretrainRecipe) -> dict[str, Any]:

@@ -20,12 +20,14 @@ import torch
 
 from carina.errors import CarinaError
 from carina.files import read_json
+from carina.imaging.phantom import phantom
 from carina.models.backbones import backbone_record, load_backbone
 from carina.models.fetch import fetched
 from carina.models.predictor import load_predictor
 from carina.publish import publish
 
 LARGE = (".safetensors", ".onnx")
+SIZE = 64  # of the backbone, in pixels
 
 
 class Hub(ThreadingHTTPServer):
@@ -99,7 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         path, data = self.path.split("?")[0], self.body()
         if path == "/api/repos/create":
-            self.server.private = json.loads(data).get("private", False)
+            wish = json.loads(data)  # newer clients say visibility, older ones private
+            self.server.private = wish.get("private", wish.get("visibility") == "private")
             return self.answer({"url": f"{self.server.url}/org/name", "name": "org/name"})
         if path.startswith("/api/models/org/name/preupload/"):
             kinds = [{"path": f["path"], "shouldIgnore": False, "uploadMode": "lfs" if f["path"].endswith(LARGE) else
@@ -153,7 +156,12 @@ def classified(pretrained, phantom_store, tmp_path_factory):
     from carina.finetune.run import finetune
 
     out = tmp_path_factory.mktemp("runs") / "classified"
-    given = {"backbone": str(pretrained), "store": str(phantom_store), "labels": ["Effusion", "abnormal"], "scale": 64}
+    given = {
+        "backbone": str(pretrained),
+        "store": str(phantom_store),
+        "labels": ["Effusion", "abnormal"],
+        "scale": SIZE,
+    }
     finetune("classify", {**given, "out": str(out), "mode": "frozen", "threads": 1, "wandb": "off"}, quiet=True)
     return out
 
@@ -167,7 +175,7 @@ def fresh(code: str, *words, env=None) -> np.ndarray:
     return np.array(json.loads(done.stdout.splitlines()[-1]))
 
 
-IMAGES = "x = np.random.default_rng(5).random((2, 1, 32, 32), dtype=np.float32)\n"
+IMAGES = "x = np.load(sys.argv[2])\n"
 BY_TIMM = (
     IMAGES
     + """
@@ -199,14 +207,23 @@ print(json.dumps(s.run(None, {"image": x})[0].tolist()))
 )
 
 
+def radiographs() -> np.ndarray:
+    return np.stack([phantom(1, number, size=SIZE).image for number in range(3)])[:, None].astype(np.float32)
+
+
+@pytest.fixture
+def images(tmp_path):
+    np.save(tmp_path / "images.npy", radiographs())
+    return tmp_path / "images.npy"
+
+
 def expected(run) -> np.ndarray:
-    images = torch.from_numpy(np.random.default_rng(5).random((2, 1, 32, 32), dtype=np.float32))
     with torch.no_grad():
-        return load_backbone(str(run)).eval()(images).numpy()
+        return load_backbone(str(run)).eval()(torch.from_numpy(radiographs())).numpy()
 
 
 @pytest.mark.slow
-def test_a_stranger_gets_the_same_features_from_the_hub(hub, carina, pretrained, tmp_path):
+def test_a_stranger_gets_the_same_features_from_the_hub(hub, carina, pretrained, images, tmp_path):
     pytest.importorskip("onnxruntime")
     env = hub.environment(tmp_path / "home")
     words = ["publish", pretrained, "repo=org/name", "license=mit", f"out={tmp_path / 'out'}", "onnx=true", "--json"]
@@ -215,9 +232,9 @@ def test_a_stranger_gets_the_same_features_from_the_hub(hub, carina, pretrained,
     assert set(told["loads_back"]) == {"timm", "transformers", "onnxruntime", "carina"}
     want = expected(pretrained)
     assert want.shape[1] == load_backbone(str(pretrained)).dimension
-    np.testing.assert_allclose(fresh(BY_TIMM, "hf-hub:org/name", env=env), want, atol=1e-5)
-    np.testing.assert_allclose(fresh(BY_TRANSFORMERS, "org/name", env=env), want, atol=1e-5)
-    np.testing.assert_allclose(fresh(BY_ONNX, "org/name", env=env), want, atol=1e-5)
+    np.testing.assert_allclose(fresh(BY_TIMM, "hf-hub:org/name", images, env=env), want, atol=1e-5)
+    np.testing.assert_allclose(fresh(BY_TRANSFORMERS, "org/name", images, env=env), want, atol=1e-5)
+    np.testing.assert_allclose(fresh(BY_ONNX, "org/name", images, env=env), want, atol=1e-5)
     told = carina("inspect", tmp_path / "out").stdout
     assert "published backbone" in told
 
@@ -240,7 +257,7 @@ def test_a_killed_upload_goes_on_where_it_was(hub, carina, pretrained, tmp_path)
     assert hub.puts and there.isdisjoint(hub.puts), "what had arrived was not sent again"
 
 
-def test_a_predictor_loads_back_as_timm_transformers_and_graph(classified, tmp_path):
+def test_a_predictor_loads_back_as_timm_transformers_and_graph(classified, images, tmp_path):
     result = publish(str(classified), {"repo": "org/name", "out": str(tmp_path / "out")}, dry_run=True, quiet=True)
     assert result["uploaded"] is None and result["kind"] == "classify"
     assert set(result["loads_back"]) >= {"timm", "carina"} and max(result["loads_back"].values()) < 1e-4
@@ -248,17 +265,16 @@ def test_a_predictor_loads_back_as_timm_transformers_and_graph(classified, tmp_p
     assert info["pretraining"]["pretexts"] and info["data"]["labels"]["Effusion"]["positive"] > 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| Effusion |" in card and "pretrained (" in card and "backbone=BACKBONE" in card
-    logits = fresh(BY_TIMM.replace("32, 32", "64, 64"), f"local-dir:{tmp_path / 'out'}")
-    images = torch.from_numpy(np.random.default_rng(5).random((2, 1, 64, 64), dtype=np.float32))
-    np.testing.assert_allclose(1 / (1 + np.exp(-logits)), load_predictor(classified).scores({64: images}), atol=1e-6)
+    logits = fresh(BY_TIMM, f"local-dir:{tmp_path / 'out'}", images)
+    want = load_predictor(classified).scores({SIZE: torch.from_numpy(radiographs())})
+    assert np.ptp(want) > 0.01
+    np.testing.assert_allclose(1 / (1 + np.exp(-logits)), want, atol=1e-6)
 
 
 def test_a_name_on_the_hub_stands_wherever_a_folder_may(monkeypatch, pretrained, classified, tmp_path):
     import huggingface_hub
 
     from carina.evaluate.predict import predict
-    from carina.imaging.phantom import phantom
-    from carina.pretrain.run import build_task  # noqa: F401  (imports what init= needs)
 
     folders, calls = {}, []
     for name, run in (("org/backbone", pretrained), ("org/predictor", classified)):
@@ -288,7 +304,7 @@ def test_a_name_on_the_hub_stands_wherever_a_folder_may(monkeypatch, pretrained,
     assert by_name["predictions"] == by_folder["predictions"]
     (folders["org/backbone"] / "config.json").write_text("{}")
     fetched.cache_clear()
-    with pytest.raises(CarinaError, match="config.json in .* is not what was published"):
+    with pytest.raises(CarinaError, match=r"config.json in .* is not what was published"):
         load_backbone("hub:org/backbone")
     with pytest.raises(CarinaError, match="not of the form hub:ORG/NAME"):
         load_backbone("hub:name")
@@ -305,3 +321,28 @@ def test_a_hub_that_cannot_be_reached_is_a_sentence(monkeypatch):
     fetched.cache_clear()
     with pytest.raises(CarinaError, match=r"hub:org/name could not be fetched \(ConnectionError\)"):
         load_backbone("hub:org/name")
+
+
+def test_wandb_gets_tables_and_a_reference_but_no_content(monkeypatch, pretrained, tmp_path):
+    import shutil
+
+    monkeypatch.setattr("carina.models.hub.load_back", lambda *_: {})
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    run = shutil.copytree(pretrained, tmp_path / "run")
+    figure = {"value": 0.812345, "low": 0.7, "high": 0.9}
+    row = {"label": "Effusion", "auroc": figure, "ap": figure, "positives": 10, "n": 90, "note": ""}
+    metrics = {"kind": "classify", "mode": "frozen", "split": "testing", "synthetic": True, "patients": 9, "table": [row],
+               "labels_used": "9 patients", "overlap_sentence": "None was seen."}  # fmt: skip
+    (run / "evaluations" / "testing").mkdir(parents=True)
+    (run / "evaluations" / "testing" / "metrics.json").write_text(json.dumps(metrics))
+    given = {"repo": "org/name", "out": str(tmp_path / "out"), "onnx": False, "wandb": "offline"}
+    publish(str(run), given, dry_run=True, quiet=True)
+    assert "0.812" in (tmp_path / "out" / "README.md").read_text()
+    files = [p for p in (run / "wandb").rglob("*") if p.is_file() and not p.is_symlink()]
+    data = b"".join(p.read_bytes() for p in [*files, *(p for p in (tmp_path / "data").rglob("*") if p.is_file())])
+    assert b"0.812345" in data and b"hf://org/name" in data and b"evaluation testing" in data
+    weights = (run / "backbone" / "model.safetensors").read_bytes()[-4096:]
+    views = run / "views.png"
+    assert weights not in data and str(tmp_path / "out").encode() not in data
+    assert not views.is_file() or views.read_bytes()[-1000:] not in data

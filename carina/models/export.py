@@ -26,7 +26,7 @@ from carina.models.backbones import Backbone
 from carina.models.checkpoints import save_tensors, timm_config
 from carina.models.features import only
 from carina.models.heads import LinearHead
-from carina.models.predictor import Member, Predictor
+from carina.models.predictor import EDGE, Member, Predictor
 
 ONNX = "model.onnx"
 TOLERANCE = 1e-4  # of the graph's output, relative to its largest value where that is above 1
@@ -85,7 +85,7 @@ class PredictorGraph(nn.Module):
         for number, (member, (image, lungs)) in enumerate(zip(self.members, self.reads)):
             total = total + self._member(number, member, named[image], named.get(lungs)) * self.weights[number]
         if self.calibrates:
-            share = total.clamp(1e-15, 1 - 1e-15)
+            share = total.clamp(EDGE, 1 - EDGE)
             total = _sigmoid((share.log() - (1 - share).log()) / self.temperatures)
         return total.float()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from carina.errors import CarinaError
@@ -38,6 +40,7 @@ class Tracker:
             x_disable_machine_info=True,
             x_save_requirements=False,
         )
+        self._api = wandb
         self.wandb = wandb.init(
             project="carina",
             dir=str(run.folder),
@@ -49,6 +52,26 @@ class Tracker:
         self.run.metric(values)
         if self.wandb is not None:
             self.wandb.log(values, step=values["step"])
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of equal keys as a table."""
+        if self.wandb is not None and rows:
+            columns = list(rows[0])
+            self.wandb.log(
+                {name: self._api.Table(columns=columns, data=[[row[key] for key in columns] for row in rows])}
+            )
+
+    def picture(self, name: str, path: Path, *, shows_patients: bool = True, allowed: bool = False) -> None:
+        """A picture file; one that shows patients only where the user has allowed it."""
+        if self.wandb is not None and (allowed or not shows_patients) and path.is_file():
+            self.wandb.log({name: self._api.Image(str(path))})
+
+    def reference(self, name: str, kind: str, address: str, facts: Mapping[str, Any]) -> None:
+        """An artefact by its address, with nothing of its content; `facts`, such as checksums, beside it."""
+        if self.wandb is not None:
+            artefact = self._api.Artifact(name, type=kind, metadata=dict(facts))
+            artefact.add_reference(address, checksum=False)
+            self.wandb.log_artifact(artefact)
 
     def close(self) -> None:
         if self.wandb is not None:

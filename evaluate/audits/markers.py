@@ -20,7 +20,6 @@ from carina.imaging.markers import Marker, find_markers, inpaint
 from carina.metrics.intervals import difference, interval
 from carina.progress import Progress
 
-MATTERS = 0.02  # a loss of AUROC from which a marker is said to be read
 LETTERS = ("L", "R", "text")
 
 
@@ -180,7 +179,7 @@ def sentence(rows: list[dict[str, Any]]) -> str:
         return (
             f"{seen}, but whether they are read cannot be said: {first['whole']['reason'] or first['tie']['reason']}."
         )
-    read = [row for row in judged if row["tie"]["low"] > 0 and row["tie"]["value"] >= MATTERS]
+    read = [row for row in judged if row["tie"]["low"] > 0 and row["tie"]["high"] >= NEAR]
     if read:
         row = max(read, key=lambda one: one["tie"]["value"])
         return (
@@ -194,7 +193,8 @@ def sentence(rows: list[dict[str, Any]]) -> str:
         seen += f" (where and which they are gives {row['label']} away with {told(row['markers_alone'])})"
     figures = f"exchanging them between classes costs {told(row['tie'], signed=True)} of AUROC"
     if row["tie"]["high"] < NEAR:
-        return f"{seen}, and this predictor does not lean on them: {figures}, painting them over {_drop(row)}."
+        leans = "hardly leans" if row["tie"]["low"] > 0 else "does not lean"
+        return f"{seen}, and this predictor {leans} on them: {figures}, painting them over {_drop(row)}."
     return (
         f"{seen}, and whether this predictor leans on them cannot be told: {figures}, painting them over {_drop(row)}."
     )

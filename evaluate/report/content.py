@@ -81,6 +81,7 @@ def report_content(result: dict[str, Any], frame: pd.DataFrame, done: list[tuple
         "data_flow": flow,
         "labels_used": f"Pretext saw: {result['pretext_saw']}. Labels used: {result['labels_used']}. {unknown} unknown or "
         f"uncertain values left out. Thresholds from {result['thresholds_from']}.",
+        "audits": [{"name": found["name"], "sentence": found["sentence"]} for found in result["audits"]],
         "overlap": {
             "sentence": result["overlap_sentence"],
             "counts": {stage: seen["patients"] for stage, seen in result["overlap"]["stages"].items()},

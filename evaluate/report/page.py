@@ -32,6 +32,7 @@ KEYS = {
     "localization_words": "",
     "predictions": None,
     "examples": (),
+    "audits": (),
     "overlap": None,
     "labels_used": "",
     "recipe": {},
@@ -63,6 +64,7 @@ def build_report(out: Path, content: dict[str, Any]) -> Path:
       examples        rows {image (H, W) in [0, 1], heat (H, W) in [0, 1] or None, lungs (H, W) mask or None, caption}
       data_flow       rows {what, images, patients or None, note}, in the order in which rows were chosen
       labels_used     a sentence: none, the normal flag, n patients, validation
+      audits          rows {name, sentence}: what else may explain the figures
       overlap         {sentence, counts: {what: number}} on test patients that the backbone has seen; None is unknown,
                       and is said to be unknown
       recipe          the resolved recipe          environment     versions and devices, nested or not

@@ -14,10 +14,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from carina.errors import CarinaError
 from carina.finetune import protocol_anomaly as module
 from carina.finetune.protocol import protocol, read_protocol
+from carina.finetune.protocol_anomaly_page import markdown
+from carina.finetune.protocol_anomaly_plan import Plan, known
+from carina.finetune.protocol_anomaly_tables import measure
 from carina.finetune.protocol_base import read_cell
-from carina.finetune.protocol_page import markdown
-from carina.finetune.protocol_plan import Plan, known
-from carina.finetune.protocol_tables import measure
 from carina.models.controls import controls
 from carina.recipes import shipped
 

@@ -6,8 +6,8 @@ import shutil
 from types import SimpleNamespace
 from typing import ClassVar
 
-import huggingface_hub
 import httpx
+import huggingface_hub
 import numpy as np
 import pytest
 import torch

@@ -17,7 +17,14 @@ SCORER = {"name": "padim", "layers": [1], "dimensions": 4, "places": "lungs", "f
 
 
 def given(store, out, **changes):
-    return {"store": str(store), "backbone": "random:test_resnet", "scale": 64, "threads": 1, "out": str(out), **changes}
+    return {
+        "store": str(store),
+        "backbone": "random:test_resnet",
+        "scale": 64,
+        "threads": 1,
+        "out": str(out),
+        **changes,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,7 @@ def test_evaluate_and_predict_judge_the_lungs_as_the_fit_did(run, phantom_store,
     threshold = predictor.info["thresholds"]["abnormal"]  # of these very normals
     assert threshold == pytest.approx(np.quantile(frame["score"][normal], 0.95), rel=1e-5)
     assert member.needs_lungs
-    files = [str(path) for path in sorted((phantom_folder / "images").iterdir())[:2]]
+    files = [str(path) for path in sorted((phantom_folder / "images").glob("*.png"))[:2]]
     told = predict(str(run), files, maps=str(tmp_path / "maps"), quiet=True)
     assert not told["rejected"], told["rejected"]
     assert len(told["predictions"]) == 2 and len(list((tmp_path / "maps").iterdir())) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,10 @@ class Memory(Scorer):
     memory = True
     positions = True
 
+    def __init__(self, settings: ScorerSettings, **tensors: torch.Tensor):
+        super().__init__(settings, **tensors)
+        self.lengths: dict[tuple[int, int], torch.Tensor] = {}  # by input size and window, made on first use
+
     @classmethod
     def fit(cls, read: Read, settings: ScorerSettings) -> Memory:
         """read: [(N, D, h, w), ...] of normal images only, one a size."""
@@ -51,7 +56,9 @@ class Memory(Scorer):
             for window in windows(part.shape[2:], settings):
                 patches = means(maps, window)
                 center, matrices = whitening(patches[:, :, order[few:]])
-                own = nearest(patches[:, :, order[:few]], patches, center, matrices, settings, leave=order[:few])
+                shifts = within_reach(part.shape[2:], settings)
+                lengths = bank_lengths(patches, center, matrices, shifts)
+                own = nearest(patches[:, :, order[:few]], patches, center, matrices, shifts, lengths, order[:few])
                 variance = own.var(dim=2)
                 variance = ((few - 1) * variance + PRIOR * variance.mean()) / (few - 1 + PRIOR)
                 scales.append((center, matrices, own.mean(dim=2), variance.clamp(min=1e-18).sqrt()))
@@ -68,8 +75,13 @@ class Memory(Scorer):
             bank, maps = self.get_buffer(f"maps_{number}"), part[:, self.channels].permute(2, 3, 0, 1)
             names = ("center", "whitening", "mean", "deviation")
             scales = zip(*(self.get_buffer(f"{name}_{number}") for name in names))
+            shifts = within_reach(part.shape[2:], self.settings)
             for window, (center, matrices, mean, deviation) in zip(windows(part.shape[2:], self.settings), scales):
-                away = nearest(means(maps, window), means(bank, window), center, matrices, self.settings)
+                patches = means(bank, window)
+                lengths = self.lengths.get((number, window))
+                if lengths is None or lengths.device != bank.device:
+                    lengths = self.lengths[number, window] = bank_lengths(patches, center, matrices, shifts)
+                away = nearest(means(maps, window), patches, center, matrices, shifts, lengths)
                 z = (away - mean[:, :, None]) / deviation[:, :, None]
                 found.append(resized(z.permute(2, 0, 1)[:, None], finest(self.shapes))[:, 0])
         return torch.stack(found).amax(dim=0)  # a mean would thin out what one size alone sees
@@ -92,31 +104,55 @@ def means(maps: torch.Tensor, window: int) -> torch.Tensor:
     return pooled[0].permute(1, 2, 0).reshape(maps.shape)
 
 
+def within_reach(shape: tuple[int, ...], settings: ScorerSettings) -> list[tuple[int, int]]:
+    """Places down and to the right, for maps (h, w), at which a patch may find its like."""
+    reach = round(settings.reach * max(shape))
+    return list(itertools.product(range(-reach, reach + 1), repeat=2))
+
+
+def aligned(shape: tuple[int, ...], shifts: list[tuple[int, int]]) -> Iterator[tuple[int, int, int, slice, slice]]:
+    """(number of the shift, row, the other row, columns, the other columns) of maps (h, w), row after row, so that what is
+    computed for one stays in a CPU's cache."""
+    height, width = shape[:2]
+    for row, (number, (down, right)) in itertools.product(range(height), enumerate(shifts)):
+        if 0 <= row + down < height:
+            ours, theirs = slice(max(0, -right), width - max(0, right)), slice(max(0, right), width - max(0, -right))
+            yield number, row, row + down, ours, theirs
+
+
+def bank_lengths(
+    bank: torch.Tensor, center: torch.Tensor, matrices: torch.Tensor, shifts: list[tuple[int, int]]
+) -> torch.Tensor:
+    """(shifts, h, w, N): squared distances of bank (h, w, N, K), moved by each shift, to the center in the metric of every
+    place. They take as long as the distances to N queries, so a memory computes them once."""
+    lengths = torch.zeros(len(shifts), *bank.shape[:3], device=bank.device)
+    for number, row, other, ours, theirs in aligned(bank.shape, shifts):
+        apart = (bank[other, theirs] - center[row, ours, None]) @ matrices[row, ours].transpose(1, 2)
+        lengths[number, row, ours] = (apart**2).sum(dim=2)
+    return lengths
+
+
 def nearest(
     queries: torch.Tensor,
     bank: torch.Tensor,
     center: torch.Tensor,
     matrices: torch.Tensor,
-    settings: ScorerSettings,
+    shifts: list[tuple[int, int]],
+    lengths: torch.Tensor,
     leave: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Distances (h, w, B) of queries (h, w, B, K) to the nearest of bank (h, w, N, K) within `reach` of their place, in the
-    metric of their place. leave (B,): the one image of the bank that each query does not look at."""
-    height, width, count = bank.shape[:3]
-    reach = round(settings.reach * max(height, width))
+    """Distances (h, w, B) of queries (h, w, B, K) to the nearest of bank (h, w, N, K) at the shifts from their place, in the
+    metric of their place. lengths: those of `bank_lengths`. leave (B,): the one image of the bank that each query does not
+    look at."""
     here = (queries - center[:, :, None]) @ matrices.transpose(2, 3)
+    both = here @ matrices
     best = torch.full(here.shape[:3], torch.inf, device=here.device)
-    step = max(1, PAIRS // (width * count))
-    for row, down, right in itertools.product(range(height), range(-reach, reach + 1), range(-reach, reach + 1)):
-        if not 0 <= row + down < height:
-            continue
-        ours = slice(max(0, -right), width - max(0, right))
-        theirs = slice(max(0, right), width - max(0, -right))
-        there = (bank[row + down, theirs] - center[row, ours, None]) @ matrices[row, ours].transpose(1, 2)
-        lengths = (there**2).sum(dim=2)[:, None]
+    step = max(1, PAIRS // (bank.shape[1] * bank.shape[2]))
+    for number, row, other, ours, theirs in aligned(bank.shape, shifts):
+        there = (bank[other, theirs] - center[row, ours, None]).transpose(1, 2)
         for start in range(0, here.shape[2], step):
             rows = slice(start, start + step)
-            squares = torch.baddbmm(lengths, here[row, ours, rows], there.transpose(1, 2), alpha=-2)
+            squares = torch.baddbmm(lengths[number, row, ours, None], both[row, ours, rows], there, alpha=-2)
             if leave is not None:
                 squares[:, torch.arange(squares.shape[1]), leave[rows]] = torch.inf
             found = best[row, ours, rows]

@@ -1,5 +1,5 @@
 """The tables of a protocol: what is done of it, with intervals over patients and seeds, the control rows, what may be
-claimed, and published figures apart from ours. Values that JSON can hold; protocol_page shows them."""
+claimed, and published figures apart from ours. Values that JSON can hold; protocol_anomaly_page shows them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 
 from carina.files import write_json, write_text
+from carina.finetune.protocol_anomaly_page import below, markdown, words
+from carina.finetune.protocol_anomaly_plan import Cell, Plan, Row
 from carina.finetune.protocol_base import read_cell
-from carina.finetune.protocol_page import below, figure, markdown, words
-from carina.finetune.protocol_plan import Cell, Plan, Row
+from carina.finetune.protocol_page import figure
 from carina.metrics.intervals import difference, interval
 from carina.metrics.ranking import auroc, average_precision, false_positive_rate
 from carina.metrics.resampling import Replicates, replicate
