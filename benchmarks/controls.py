@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from common import console, script
 from pydantic import Field
 from rich.table import Table
@@ -28,7 +27,7 @@ from carina.data.splits import patient_folds, patient_subset
 from carina.data.store import Selection, select
 from carina.errors import CarinaError
 from carina.files import write_json
-from carina.finetune.classify import probe
+from carina.finetune.probe import probe
 from carina.finetune.recipe import FinetuneRecipe
 from carina.metrics.intervals import difference, interval
 from carina.metrics.ranking import auroc
@@ -121,7 +120,7 @@ class Bench:
         return rows[patient_subset(self.patients[rows].tolist(), self.arguments.patients, draw)]
 
     def _classify(self, features: np.ndarray, train: np.ndarray, scored: np.ndarray) -> np.ndarray:
-        head, _, _ = probe(
+        weight, bias, _, _ = probe(
             features[train],
             self.target[train, None],
             self.patients[train].tolist(),
@@ -129,8 +128,7 @@ class Bench:
             self.recipe.probe,
             self.arguments.seed,
         )
-        with torch.no_grad():
-            return head(torch.from_numpy(features[scored].astype(np.float32)))[:, 0].double().numpy()
+        return features[scored].astype(np.float64) @ weight[0] + bias[0]
 
     def scores(self, features: np.ndarray, method: Method | None) -> np.ndarray:
         """Of features (N, D) by a method of anomaly detection, or by the probe (None)."""

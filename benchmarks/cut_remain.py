@@ -152,8 +152,7 @@ def drawn(given: Arguments, train: np.ndarray, progress: Progress) -> tuple[Draw
 
 
 def network(given: Arguments, rows: Drawn, seed: int) -> Backbone:
-    # group norm: statistics of blanked and of whole images would be mixed in a batch norm
-    args = {"in_chans": 1, "output_stride": 8, "norm_layer": "groupnorm1"}
+    args = {"in_chans": 1, "output_stride": 8}
     with seeded(seed, "cut remain"):
         plain = timm.create_model(NETWORK, num_classes=0, **args)
     values = rows.pixels / 255

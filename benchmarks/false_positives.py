@@ -282,7 +282,7 @@ def run(given: Arguments) -> dict[str, Any]:
     new = ~normals.train
     return {
         "benchmark": "false_positives",
-        "arguments": {**given.model_dump(exclude={"out", "store", "backbones"}), "scorers": names},
+        "arguments": {**given.model_dump(exclude={"out", "store", "backbones", "runs"}), "scorers": names},
         "stores": [Path(store).name for store in ([given.store] if isinstance(given.store, str) else given.store)],
         "store_hashes": normals.selection.hashes,
         "synthetic": normals.selection.synthetic,

@@ -10,6 +10,7 @@ marks in the page, so that no figure there is typed by hand.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -20,7 +21,7 @@ from common import console, script
 from pydantic import Field
 
 from carina.errors import CarinaError
-from carina.files import read_json, write_json, write_text
+from carina.files import read_json, write_text
 from carina.finetune.few_labels_page import OVERALL, pair
 from carina.finetune.protocol_page import figure
 from carina.recipes import Section
@@ -49,7 +50,7 @@ def show(arguments: Arguments) -> None:
             raise CarinaError(f"{folder} holds no protocol of few labels; give the out= of one")
         for table in result["tables"]:
             name = f"few_labels_{table['set']}"
-            write_json(Path(arguments.results) / f"{name}.json", compact(table))
+            write_text(Path(arguments.results) / f"{name}.json", compact(table))
             shutil.copyfile(folder / "figure.png", Path(arguments.results) / f"{name}.png")
             mark = re.compile(rf"(<!-- {table['set']} -->\n).*?(<!-- end -->)", re.DOTALL)
             if not mark.search(page):
@@ -62,30 +63,36 @@ def show(arguments: Arguments) -> None:
     write_text(arguments.page, page)
 
 
-def rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [rounded(inner) for inner in value]
-    return round(value, 4) if isinstance(value, float) else value
+def compact(table: dict[str, Any]) -> str:
+    """What a reader may want to compute with, as JSON with a line an entry: figures as [value, low, high]."""
 
-
-def compact(table: dict[str, Any]) -> dict[str, Any]:
-    """What a reader may want to compute with: every figure with its interval."""
-    kept = ("value", "low", "high", "estimable", "num_positives", "num_negatives", "p_value")
-
-    def short(entry: dict[str, Any]) -> dict[str, Any]:
-        found = {key: value for key, value in entry.items() if key != "auroc_by_draw"}
+    def line(entry: dict[str, Any], *more: str) -> str:
+        kept = {key: entry[key] for key in more if key in entry}
         for key in ("auroc", "difference"):
-            if key in found:
-                found[key] = {name: found[key][name] for name in kept if name in found[key]}
-        return found
+            if key in entry:
+                kept[key] = [short(entry[key][end]) for end in ("value", "low", "high")]
+                kept["estimable"] = entry[key]["estimable"]
+        return json.dumps({key: short(value) for key, value in kept.items()})
 
-    result = {key: table[key] for key in ("set", "counts", "labels", "cells")}
-    result["primary"] = table["primary"] and short(table["primary"])
-    for key in ("rows", "exploratory", "permuted"):
-        result[key] = [short(entry) for entry in table[key]]
-    return rounded(result)
+    kind = ("arm", "mode", "patients", "label", "group", "draws")
+    pairs = ("row", "reference", "patients", "label", "draws")
+    about = {key: table[key] for key in ("set", "counts", "labels", "cells")}
+    about["arms"] = {
+        row["arm"]: {key: row[key] for key in ("pretext_saw", "seen_patients", "transductive")} for row in table["rows"]
+    }
+    lists = {
+        "rows": [line(row, *kind, "average_precision") for row in table["rows"]],
+        "exploratory": [line(entry, *pairs, "p_holm") for entry in table["exploratory"]],
+        "permuted": [line(row, *kind, "at_chance") for row in table["permuted"]],
+    }
+    primary = line(table["primary"], *pairs, "sentence") if table["primary"] else "null"
+    rest = [f'"{key}": {json.dumps(value)}' for key, value in about.items()] + [f'"primary": {primary}']
+    rest += [f'"{key}": [\n  ' + ",\n  ".join(lines) + "\n]" for key, lines in lists.items()]
+    return "{\n" + ",\n".join(rest) + "\n}\n"
+
+
+def short(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def parts(table: dict[str, Any]) -> list[str]:

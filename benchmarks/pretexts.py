@@ -37,7 +37,7 @@ from carina.data.store import Selection, select
 from carina.draws import hash64
 from carina.errors import CarinaError, nearest
 from carina.files import atomic_path, read_json, write_json
-from carina.finetune.classify import probe
+from carina.finetune.probe import probe
 from carina.finetune.recipe import ProbeSettings
 from carina.metrics.intervals import Interval, difference, holm, interval
 from carina.metrics.ranking import auroc
@@ -251,9 +251,8 @@ def _probed(
     train_x: np.ndarray, target: np.ndarray, patients: list[str], test_x: np.ndarray, strengths: Sequence[float]
 ) -> np.ndarray:
     settings = ProbeSettings(strengths=list(strengths), folds=3)
-    head, _, _ = probe(train_x, target[:, None], patients, [ABNORMAL], settings, seed=0)
-    with torch.no_grad():
-        return head(torch.from_numpy(test_x.astype(np.float32)))[:, 0].double().numpy()
+    weight, bias, _, _ = probe(train_x, target[:, None], patients, [ABNORMAL], settings, seed=0)
+    return test_x.astype(np.float64) @ weight[0] + bias[0]
 
 
 class FewLabels:

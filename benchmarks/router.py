@@ -36,7 +36,7 @@ from scipy.special import ndtri
 from carina.data.splits import split_of
 from carina.errors import CarinaError
 from carina.files import read_json, write_bytes, write_json, write_text
-from carina.finetune.classify import probe
+from carina.finetune.probe import probe
 from carina.finetune.recipe import FinetuneRecipe
 from carina.imaging.dicom import Unreadable, read_radiograph
 from carina.imaging.geometry import Geometry, resize
@@ -210,9 +210,8 @@ class Scored:
         recipe = build("finetune", FinetuneRecipe, "classify", {"labels": [self.name]})
         target = self.table.loc[self.train, self.name].to_numpy(np.float64)[:, None]
         owners = self.table.loc[self.train, "patient"].tolist()
-        head, _, _ = probe(features[self.train], target, owners, [self.name], recipe.probe, recipe.seed)
-        weight, bias = head.weight.detach().numpy()[0], float(head.bias.detach()[0])
-        return features[self.test] @ weight.astype(np.float64) + bias
+        weight, bias, _, _ = probe(features[self.train], target, owners, [self.name], recipe.probe, recipe.seed)
+        return features[self.test] @ weight[0] + bias[0]
 
     def auroc(self, scores: np.ndarray, rows: np.ndarray | None = None) -> dict[str, Any]:
         use = np.ones(len(self.y), dtype=bool) if rows is None else rows

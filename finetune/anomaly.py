@@ -247,11 +247,13 @@ def check_places(recipe: FinetuneRecipe) -> None:
     name = recipe.scorer.name
     if not (SCORERS[name].positions or (name == "head" and recipe.pasting.target == "map")):
         raise CarinaError(
-            f"scorer.places=lungs chooses places of maps and scorer.name={name} reads none; give memory, patchcore, padim or "
-            "the head of pasting.target=map, or leave it out"
+            f"scorer.places=lungs chooses places of maps and scorer.name={name} reads none; give memory, patchcore, padim "
+            "or the head of pasting.target=map, or leave it out"
         )
     if recipe.region == "background":
-        raise CarinaError("scorer.places=lungs judges the lungs, which region=background leaves out; leave one of them out")
+        raise CarinaError(
+            "scorer.places=lungs judges the lungs, which region=background leaves out; leave one of them out"
+        )
 
 
 def pool_words(count: int, prevalence: float | None) -> list[str]:

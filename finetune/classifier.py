@@ -16,7 +16,7 @@ from scipy.special import expit
 from carina.data.batches import in_order, intensity
 from carina.data.features import read_all
 from carina.data.manifest import seen_rows
-from carina.data.splits import patient_folds
+from carina.data.splits import linked_patients, patient_folds
 from carina.data.store import Selection
 from carina.finetune.classify import Classification, train_head
 from carina.finetune.probe import probe
@@ -50,7 +50,8 @@ class Rows:
 
     @property
     def patients(self) -> list[str]:
-        return self.selection.table["patient_id"].tolist()
+        """(N,) texts; those joined by copies of one picture are one, which no fold may part."""
+        return linked_patients(self.selection.table).tolist()
 
 
 @dataclass
@@ -283,7 +284,8 @@ class Classifier:
     @property
     def facts(self) -> dict[str, Any]:
         """What predictor.json says of the rows and labels that were used."""
-        used = f"{len(set(self.rows.patients))} patients"
+        used = f"{self.rows.selection.table['patient_id'].nunique()} patients"
+        used += ", labels dealt out anew" if self.recipe.permute_labels else ""
         if self.held_out is not None:
             stack = " and weights of the stack" if len(self.scales) > 1 and not self.frozen else ""
             used += f" and validation for thresholds{stack}"
@@ -311,7 +313,8 @@ class Classifier:
             rows, parts, source = self.held_out, self.held, "validation patients"
         else:
             rows, parts, source = self.rows, self.crossed, "cross-fitted training scores"
-        parts = parts or self._nothing(rows)
+        if not _any(parts):
+            parts, source = self._nothing(rows), "nothing, because no row is left that was not fitted"
         scores = stacked([parts[scale] for scale in self.scales], weights)
         extra |= decisions(rows.truth, scores, labels, recipe.threshold_rule, recipe.temperature, source)
         yield "predictor", [self.members[scale] for scale in self.scales], extra
@@ -322,9 +325,9 @@ class Classifier:
         rows, parts, source = self.rows, self.crossed, "cross-fitted training scores"
         if not self.frozen:
             source = f"{self.recipe.probe.folds} patient folds of training"
-        if not parts and self.held_out is not None:
+        if not _any(parts) and self.held_out is not None:
             rows, parts, source = self.held_out, self.held, "validation patients"
-        if not parts:
+        if not _any(parts):
             parts, source = self._nothing(rows), "nothing, because patients are fewer than folds"
         found = stack_weights(rows.truth, [parts[scale] for scale in self.scales], rows.patients, labels)
         return found.weights, {
@@ -335,6 +338,10 @@ class Classifier:
 
     def _nothing(self, rows: Rows) -> dict[int, np.ndarray]:
         return dict.fromkeys(self.scales, np.full(rows.truth.shape, np.nan))
+
+
+def _any(parts: dict[int, np.ndarray]) -> bool:
+    return any(np.isfinite(part).any() for part in parts.values())
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import pandas as pd
 
 from carina.data.labels import ABNORMAL, to_targets
 from carina.data.manifest import seen_rows
+from carina.data.splits import linked_patients
 from carina.data.store import Selection
 from carina.draws import permutation
 from carina.files import write_json
@@ -47,7 +48,7 @@ class Detector:
         self.backbone, self.scale, self.quiet = backbone, scale, quiet
         self.trained = train
         if judged is not None and recipe.select == "aucp":
-            self.kept = anomaly.kept_from_training(train.table["patient_id"].tolist(), recipe.seed)
+            self.kept = anomaly.kept_from_training(linked_patients(train.table).tolist(), recipe.seed)
             self.trained = train.where(~self.kept)
         self.device = pick_device()
         self.engine = self._engine() if recipe.mode == "full" else None
@@ -146,7 +147,7 @@ class Detector:
         if self.held_out is not None:
             scores, source = anomaly.member_distances(member, self.held_out, self.device), "validation normals"
         else:
-            patients = self.selection.table["patient_id"].tolist()
+            patients = linked_patients(self.selection.table).tolist()
             scores = anomaly.cross_fitted_distances(normals, patients, settings, recipe.seed, recipe.cross_folds)
             source = "cross-fitted training normals"
         threshold = float(np.quantile(scores, 1 - recipe.false_positive_rate))

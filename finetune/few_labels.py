@@ -29,6 +29,7 @@ from joblib import Parallel, delayed
 from carina.data.batches import control_chunks, in_order, intensity
 from carina.data.features import read_all
 from carina.data.labels import to_targets
+from carina.data.splits import linked_patients
 from carina.data.store import Selection
 from carina.errors import CarinaError
 from carina.files import read_json, write_json, write_text
@@ -42,7 +43,7 @@ from carina.models.backbones import load_backbone
 from carina.models.controls import control_scale, controls, describe
 from carina.models.predictor import load_predictor
 from carina.progress import clock
-from carina.recipes import to_yaml
+from carina.recipes import differences, to_yaml
 from carina.runs import Run, environment
 from carina.training.engine import best_precision, pick_device
 from carina.training.forecast import WATTS_PER_THREAD
@@ -165,7 +166,7 @@ class FewLabels:
         able = [column for column, target in enumerate(targets.T) if both_classes(target)]
         scores, chosen = np.zeros((len(test), targets.shape[1])), {}
         if able:
-            labels, patients = [recipe.labels[column] for column in able], train.table["patient_id"].tolist()
+            labels, patients = [recipe.labels[column] for column in able], linked_patients(train.table).tolist()
             weight, bias, chosen, _ = probe(x, targets[:, able], patients, labels, recipe.probe, recipe.seed)
             scores[:, able] = new.astype(np.float64) @ weight.T + bias
         return scores, {"chosen": chosen}
@@ -177,14 +178,17 @@ class FewLabels:
         """Probabilities (N, L) of the test rows by a run of carina finetune: begun, or gone on with."""
         folder = self._folder(cell)
         begun = (folder / "recipe.yaml").is_file()
-        if not begun:  # stopped before it had a name
+        if begun:
+            changed = differences(Run(folder).recipe(), recipe.model_dump(mode="json"))
+            begun = not {key.split(".")[0] for key in changed} - {*FREE, "precision"}
+        if not begun:  # stopped before it had a name, or of other settings
             shutil.rmtree(folder, ignore_errors=True)
         if not (folder / "manifest.parquet").is_file():  # the last thing that a run writes
             finetune("classify", recipe.model_dump(mode="json") | {"out": str(folder)}, resume=begun, quiet=True)
         predictor = load_predictor(folder / "predictor", self.device)
         batches = zip(*(in_order(test, scale, self.device) for scale in predictor.scales))
         parts = [predictor.scores(dict(zip(predictor.scales, [images for _, images in batch]))) for batch in batches]
-        return np.concatenate(parts), {"steps": recipe.total_steps(len(test))}
+        return np.concatenate(parts), {"steps": predictor.info["training"]["steps"]}
 
     def _frame(self, cell: Cell, recipe: FinetuneRecipe, test: Selection, scores: np.ndarray) -> pd.DataFrame:
         """image_id, patient_id, fold, the columns of `within`, label, target, score: a row an image and label."""

@@ -14,6 +14,7 @@ from carina.data.labels import ABNORMAL, NO_FINDING, to_targets
 from carina.data.splits import linked_patients, stable_folds
 from carina.data.store import LABEL, Selection, select
 from carina.errors import CarinaError
+from carina.finetune import classify
 from carina.finetune.protocol_base import BasePlan, BaseRecipe, Names
 from carina.finetune.recipe import FinetuneRecipe, Mode
 from carina.finetune.run import shared_patients, training_rows
@@ -189,17 +190,20 @@ class LabelsPlan(BasePlan[LabelsRecipe]):
         given = merge(self.recipe.recipe, arm.recipe or {})
         if taken := sorted(set(given) & DECIDED):
             raise CarinaError(f"arm {arm_name}: recipe.{taken[0]} is decided by the protocol; leave it out of recipe=")
-        if mode == "frozen" and given.get("head", {}).get("name", "linear") != "linear":
-            raise CarinaError(f"arm {arm_name}: a frozen arm has the linear probe; give head.name in another mode")
+        head = given.get("head", {})
+        if mode == "frozen" and (head.get("name", "linear") != "linear" or head.get("noisy_or")):
+            raise CarinaError(f"arm {arm_name}: a frozen arm has the linear probe; give head= in another mode")
         decided = {
             "store": self.stores[name], "where": rows.where, "rows": rows.train, "threshold_rows": None,
             "folds": rows.folds, "labels": self.labels[name], "mode": mode,
             "backbone": self.arms[arm_name].backbone,
         }  # fmt: skip
         try:
-            return build("finetune", FinetuneRecipe, "classify", given | decided)
+            recipe = build("finetune", FinetuneRecipe, "classify", given | decided)
+            classify.check(recipe)
         except CarinaError as error:
             raise CarinaError(f"arm {arm_name}: {error}") from None
+        return recipe
 
     def cell_recipe(self, cell: Cell) -> FinetuneRecipe:
         """The recipe of carina finetune that the cell is."""

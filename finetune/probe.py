@@ -15,6 +15,7 @@ scikit-learn's LogisticRegression minimizes. All fits share the features, so eac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,8 +30,9 @@ from carina.metrics.ranking import auroc
 from carina.training.engine import pick_device
 
 PRECISE = 2**20  # features up to this many numbers are computed in double precision; larger ones leave the cache
-TOLERANCE = 1e-7  # of the objective that a fit may lie above its minimum, by Newton's decrement
-MAX_NEWTON, MAX_CG = 100, 100
+TOLERANCE = 1e-6  # of the objective that a fit may lie above its minimum, by Newton's decrement
+PASSES = 150  # over the rows that a fit may take at one strength of a sweep on many of them
+BLOCK = 256  # rows that stay in the cache between the two products that they take part in
 
 
 class Axes:
@@ -41,9 +43,9 @@ class Axes:
     """
 
     def __init__(self, features: np.ndarray):
-        precise = features.size <= PRECISE
-        self.device = torch.device("cpu") if precise else pick_device()
-        kind = np.float64 if precise else np.float32
+        self.precise = features.size <= PRECISE
+        self.device = torch.device("cpu") if self.precise else pick_device()
+        kind = np.float64 if self.precise else np.float32
         self.mean = features.mean(axis=0, dtype=np.float64)
         x = (features - self.mean).astype(kind)
         self.scale = np.sqrt(np.einsum("nd,nd->d", x, x, dtype=np.float64) / len(x))
@@ -77,7 +79,11 @@ class Fits:
         self.negative = torch.from_numpy(np.where(used, 1.0 - targets, 0.0)).to(**like)
 
     def sweep(self, strengths: Sequence[float]) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
-        """(strength C, solutions (P, R + 1), logits (P, N) of all rows) for ascending strengths."""
+        """(strength C, solutions (P, R + 1), logits (P, N) of all rows) for ascending strengths.
+
+        On many rows a fit that is hardly regularized and nearly separable may be left before its minimum: the next
+        strength goes on from there, and `finish` from any.
+        """
         axes, past = self.axes, []
         start = axes.rows.new_zeros(len(self.positive), axes.rows.shape[1])
         counts = [part.sum(dim=1).clamp(min=1e-6) for part in (self.positive, self.negative)]
@@ -89,55 +95,65 @@ class Fits:
                 others = [(places[-1] - np.delete(places[:-1], i)) / (own - np.delete(places[:-1], i))
                           for i, own in enumerate(places[:-1])]  # fmt: skip
                 starts.append(sum(float(np.prod(o)) * solution for o, (_, solution) in zip(others, past)))
-            start, logits = self._solve(strength, starts)
+            passes = None if axes.precise else PASSES
+            start, logits = self._solve(axes.rows.new_full((len(start),), strength), starts, passes)
             past = [*past, (strength, start)][-3:]
             yield strength, start, logits
+
+    def finish(self, strengths: np.ndarray, solutions: torch.Tensor) -> torch.Tensor:
+        """The minima (P, R + 1) for one strength a fit, from solutions that are near."""
+        return self._solve(solutions.new_tensor(strengths), [solutions], None)[0]
 
     def _losses(self, logits: torch.Tensor, fits: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """(P,) float64 sums of log-losses; both classes by themselves, because a difference would lose the small ones."""
         parts = self.positive[fits] * softplus(-logits) + self.negative[fits] * softplus(logits)
         return parts.sum(dim=1, dtype=torch.float64)
 
-    def _solve(self, strength: float, starts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _solve(
+        self, strengths: torch.Tensor, starts: list[torch.Tensor], passes: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The minima from the better of the starts, a fit at a time; their logits. Objectives are divided by C."""
         rows = self.axes.rows
-        ridge = rows.new_full((rows.shape[1],), 1 / strength)
-        ridge[-1] = 0
+        ridge = (1 / strengths)[:, None].repeat(1, rows.shape[1])
+        ridge[:, -1] = 0
 
-        def penalty(w: torch.Tensor) -> torch.Tensor:
+        def penalty(w: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
             return 0.5 * (ridge * w * w).sum(dim=1, dtype=torch.float64)
 
         w, z = starts[0].clone(), starts[0] @ rows.T
-        value = self._losses(z) + penalty(w)
+        value = self._losses(z) + penalty(w, ridge)
         for other in starts[1:]:
             logits = other @ rows.T
-            found = self._losses(logits) + penalty(other)
+            found = self._losses(logits) + penalty(other, ridge)
             better = found < value
             w[better], z[better], value[better] = other[better], logits[better], found[better]
         slack = 16 * torch.finfo(rows.dtype).eps  # below it a rise of the objective is rounding
         live = torch.arange(len(w), device=w.device)
-        for _ in range(MAX_NEWTON):
-            here = z[live]
+        left = math.inf if passes is None else passes
+        while len(live) and left > 0:
+            here, own = z[live], ridge[live]
             up, down = torch.sigmoid(here), torch.sigmoid(-here)
-            gradient = (self.negative[live] * up - self.positive[live] * down) @ rows + ridge * w[live]
+            gradient = (self.negative[live] * up - self.positive[live] * down) @ rows + own * w[live]
             curvature = (self.positive[live] + self.negative[live]) * up * down
-            diagonal = ridge + self.axes.spread * curvature.mean(dim=1, keepdim=True)
+            diagonal = own + self.axes.spread * curvature.mean(dim=1, keepdim=True)
             diagonal = diagonal.clamp(min=torch.finfo(rows.dtype).tiny)
             decrement = (gradient * gradient / diagonal).sum(dim=1).double()
             open_ = decrement > self.tolerance * value[live]
-            if not open_.any():
-                break
-            live, gradient, curvature, diagonal, decrement = (
-                part[open_] for part in (live, gradient, curvature, diagonal, decrement)
+            live, gradient, curvature, diagonal, decrement, own = (
+                part[open_] for part in (live, gradient, curvature, diagonal, decrement, own)
             )
+            if not len(live):
+                break
             # as exact as the quadratic model is, but never beyond what is asked for
             goal = torch.minimum(0.1 * decrement, decrement**2 / value[live])
             goal = torch.maximum(goal, 0.1 * self.tolerance * value[live])
-            step, change = self._newton(gradient, curvature, diagonal, ridge, decrement, goal)
+            limit = min(left, 2 * rows.shape[1])
+            step, change, taken = self._newton(gradient, curvature, diagonal, own, decrement, goal, limit)
+            left -= taken + 1
             before, slope = value[live], (gradient * step).sum(dim=1).double()
             length = rows.new_ones(len(live), 1)
             for _ in range(40):
-                found = self._losses(z[live] + length * change, live) + penalty(w[live] + length * step)
+                found = self._losses(z[live] + length * change, live) + penalty(w[live] + length * step, own)
                 worse = ~(found <= before + 1e-4 * length[:, 0] * slope + slack * before)
                 if not worse.any():
                     break
@@ -146,7 +162,9 @@ class Fits:
             value[live] = torch.where(worse, before, found)
             w[live] += length * step
             z[live] += length * change
-            live = live[~worse]  # as low as rounding lets it come
+            live = live[
+                before - value[live] > 0.01 * self.tolerance * before
+            ]  # others are as low as rounding lets them come
         return w, z
 
     def _newton(
@@ -157,17 +175,23 @@ class Fits:
         ridge: torch.Tensor,
         decrement: torch.Tensor,
         goal: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Steps (P, R + 1) that solve Newton's equations until the preconditioned residual is below `goal` (P,), and the
-        changes of logits (P, N) that they make."""
+        limit: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Steps (P, R + 1) that solve Newton's equations until the preconditioned residual is below `goal` (P,), the
+        changes of logits (P, N) that they make, and how many passes over the rows that took."""
         rows = self.axes.rows
         steps, changes = torch.zeros_like(gradient), torch.zeros_like(curvature)
         places = torch.arange(len(gradient), device=gradient.device)
         residual = -gradient
         direction, size, goal = residual / diagonal, decrement.to(rows.dtype), goal.to(rows.dtype)
-        for _ in range(MAX_CG):
-            along = direction @ rows.T
-            product = (curvature * along) @ rows + ridge * direction
+        block, taken = BLOCK if rows.device.type == "cpu" else len(rows), 0
+        while taken < limit:
+            taken += 1
+            along, product = torch.empty_like(curvature), ridge * direction
+            for first in range(0, len(rows), block):
+                part = slice(first, first + block)
+                along[:, part] = direction @ rows[part].T
+                product.addmm_(curvature[:, part] * along[:, part], rows[part])
             rate = (size / (direction * product).sum(dim=1))[:, None]
             steps[places] += rate * direction
             changes[places] += rate * along
@@ -179,10 +203,10 @@ class Fits:
             if not open_.all():
                 if not open_.any():
                     break
-                places, residual, direction, size, goal, curvature, diagonal = (
-                    part[open_] for part in (places, residual, direction, size, goal, curvature, diagonal)
+                places, residual, direction, size, goal, curvature, diagonal, ridge = (
+                    part[open_] for part in (places, residual, direction, size, goal, curvature, diagonal, ridge)
                 )
-        return steps, changes
+        return steps, changes, taken
 
 
 def fit_many(
@@ -244,13 +268,13 @@ def probe(
         fits += [(column, rest, held) for rest, held in _fold_fits(target, patients, settings.folds, seed)]
     axes = Axes(np.asarray(features))
     columns = [column for column, _, _ in fits]
-    sweep = Fits(axes, targets.T[columns], np.stack([used for _, used, _ in fits])).sweep(settings.strengths)
+    batch = Fits(axes, targets.T[columns], np.stack([used for _, used, _ in fits]))
     middle = settings.strengths[len(settings.strengths) // 2]
     best: list[tuple[float, float] | None] = [None] * len(labels)
     chosen = {label: {"strength": middle, "cross_fitted_auroc": None} for label in labels}
     crossed = np.full(targets.shape, np.nan)
     solutions = torch.zeros(len(labels), axes.rows.shape[1], dtype=axes.rows.dtype, device=axes.device)
-    for strength, found, logits in sweep:
+    for strength, found, logits in batch.sweep(settings.strengths):
         logits = logits.double().cpu().numpy()
         for number, label in enumerate(labels):
             scores = np.full(len(targets), np.nan)
@@ -266,5 +290,7 @@ def probe(
                 best[number] = round(value, 4)
                 solutions[number], crossed[:, number] = found[everything[number]], scores
                 chosen[label] = {"strength": strength, "cross_fitted_auroc": round(float(value), 4)}
+    kept = Fits(axes, targets.T, ~np.isnan(targets.T))
+    solutions = kept.finish(np.array([chosen[label]["strength"] for label in labels]), solutions)
     weights, biases = axes.unfold(solutions)
     return weights, biases, chosen, crossed

@@ -22,7 +22,8 @@ from carina.data.manifest import find_manifest, overlap
 from carina.data.store import Selection
 from carina.errors import CarinaError, nearest
 from carina.files import sha256, write_table
-from carina.models.backbones import backbone_record, pretext_saw
+from carina.models.backbones import backbone_record, pretext_saw, saw_natural_images
+from carina.models.external import adapter_of
 from carina.recipes import Section, differences
 
 FACTS = b"carina"  # key of a cell's facts in the metadata of its file
@@ -100,23 +101,31 @@ class BasePlan(Generic[Recipe]):
 
 @cache
 def identity(reference: str) -> str:
-    """A backbone by its weights, wherever they lie."""
-    path = Path(reference)
-    files = [path, *(path / inner / "model.safetensors" for inner in ("backbone", "predictor/member-0", "."))]
-    weights = next((file for file in files if file.is_file()), None)
-    return f"sha256 {sha256(weights)}" if weights else reference
+    """A backbone by its weights, wherever they lie, with the norms of its sizes and what it is fed."""
+    adapter = adapter_of(reference)
+    path = Path(adapter[1]) if adapter and adapter[1] else Path(reference)
+    folders = [path / inner for inner in ("backbone", "predictor/member-0", ".")]
+    folder = next((folder for folder in folders if (folder / "model.safetensors").is_file()), None)
+    if folder is not None:
+        files = [folder / name for name in ("model.safetensors", "scales.safetensors", "config.json")]
+        return "sha256 " + " ".join(sha256(file) for file in files if file.is_file())
+    return f"sha256 {sha256(path)}" if path.is_file() else reference
 
 
 def past(reference: str, tested: Selection) -> dict[str, Any]:
     """What a row says of the past of its backbone: its weights, what its pretext saw, which labels that used, and how many
     of the tested patients were seen before (None: unknown)."""
-    record, here = backbone_record(reference), Path(reference).exists()
-    found = overlap(find_manifest(reference), tested) if here else {"known": True, "stages": {}}
+    record = backbone_record(reference)
+    clean = reference.startswith("random") or saw_natural_images(reference)  # no radiograph, and none of these labels
+    if clean:
+        found: dict[str, Any] = {"known": True, "stages": {}}
+    else:
+        found = overlap(find_manifest(reference) if Path(reference).exists() else None, tested)
     seen = max((stage["patients"] for stage in found["stages"].values()), default=0)
     return {
-        "backbone": identity(reference) if here else reference,
+        "backbone": identity(reference),
         "pretext_saw": pretext_saw(reference),
-        "pretext_labels": record.get("labels_used", "none"),
+        "pretext_labels": record.get("labels_used", "none" if clean else "unknown"),
         "seen_patients": seen if found["known"] else None,
         "transductive": bool(record.get("transductive", False)) or seen > 0,
     }

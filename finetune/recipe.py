@@ -15,7 +15,6 @@ from carina.models.scorers import ScorerSettings
 from carina.recipes import Section
 from carina.training.engine import TrainingSettings
 
-
 Mode = Literal["frozen", "partial", "full", "lora"]
 # youden, f1, or the operating point that keeps a sensitivity or a specificity, as sensitivity:0.9
 ThresholdRule = Annotated[str, Field(pattern=r"^(youden|f1|(sensitivity|specificity):0?\.\d+)$")]

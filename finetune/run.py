@@ -21,6 +21,7 @@ from carina.finetune import anomaly, classify
 from carina.finetune.classifier import Classifier, Rows
 from carina.finetune.detector import Detector
 from carina.finetune.recipe import FinetuneRecipe
+from carina.metrics.calibration import operating_threshold
 from carina.models.backbones import backbone_record, load_backbone, pretext_saw, saw_natural_images
 from carina.models.hub import predictor_card, pretraining_facts
 from carina.models.predictor import Member, Predictor, save_predictor
@@ -137,11 +138,15 @@ def _check(recipe: FinetuneRecipe, dry_run: bool) -> None:
     if recipe.task == "anomaly" and recipe.mode not in ("frozen", "full"):
         raise CarinaError(f"mode={recipe.mode} is for classify; anomaly detection takes mode=frozen or full")
     _check_scales(recipe)
+    if recipe.task == "classify":
+        operating_threshold(recipe.threshold_rule, np.empty(0), np.empty(0))  # refuses what is no rule
     if recipe.folds is not None and recipe.fold >= recipe.folds:
         raise CarinaError(f"fold={recipe.fold} is not one of the {recipe.folds} folds; give 0 to {recipe.folds - 1}")
 
 
 def _check_scales(recipe: FinetuneRecipe) -> None:
+    if recipe.shared and recipe.mode == "frozen":
+        raise CarinaError("shared=true trains one network at several scales, and mode=frozen trains none; leave it out")
     if not recipe.scales:
         if recipe.shared:
             raise CarinaError("shared=true trains one network at several scales; give scales=[A,B]")
@@ -179,7 +184,7 @@ def training_rows(recipe: FinetuneRecipe, everything: Selection) -> tuple[Select
     else:
         train = train.where(~np.isnan(targets).all(axis=1))
         if recipe.patients is not None:
-            keep = patient_subset(train.table["patient_id"].tolist(), recipe.patients, recipe.draw)
+            keep = patient_subset(linked_patients(train.table).tolist(), recipe.patients, recipe.draw)
             train = train.where(keep)
             # validation patients are labels too: with a count of labelled patients only these are used
             held_out = None
@@ -221,7 +226,7 @@ def _labels(recipe: FinetuneRecipe, selection: Selection) -> np.ndarray:
     if not recipe.permute_labels:
         return raw
     seed = hash64("permuted labels", recipe.seed, recipe.draw)
-    return raw[permute_patients(selection.table["patient_id"].tolist(), seed)]
+    return raw[permute_patients(linked_patients(selection.table).tolist(), seed)]
 
 
 def _rows(recipe: FinetuneRecipe, selection: Selection) -> Rows:

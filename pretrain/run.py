@@ -265,7 +265,10 @@ def _export(
     origin = f"{method} on {len(selection)} chest radiographs" + (" (synthetic)" if selection.synthetic else "")
     backbone.spec = dataclasses.replace(backbone.spec, origin=origin)
     write_manifest(
-        run.folder, seen_rows(selection, "pretrain"), began_with=recipe.init, natural_images=saw_natural_images(recipe.init)
+        run.folder,
+        seen_rows(selection, "pretrain"),
+        began_with=recipe.init,
+        natural_images=saw_natural_images(recipe.init),
     )
     write_backbone(run.folder / "backbone", backbone, record, backbone_card(backbone, record))
 

@@ -123,7 +123,9 @@ def test_pasting_without_lung_masks(carina, phantom_folder, tmp_path):
     prepare(str(phantom_folder / "labels.csv"), given, quiet=True)
     for words in (("pretrain", "debug/anatpaste"), ("finetune", "anomaly", "mode=full", "architecture=test_resnet")):
         told = carina(*words, f"store={tmp_path / 'store'}", f"out={tmp_path / 'run'}", code=2).stderr
-        assert "pasting and regions need lung masks" in told and "lungs=true" in told and not (tmp_path / "run").exists()
+        assert (
+            "pasting and regions need lung masks" in told and "lungs=true" in told and not (tmp_path / "run").exists()
+        )
 
 
 def test_print_runs_nothing(capsys, tmp_path, monkeypatch):

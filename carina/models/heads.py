@@ -18,6 +18,7 @@ from carina.models.backbones import Backbone, seeded
 from carina.models.features import stages
 from carina.recipes import Section
 
+NO_FINDINGS = ("No_Finding", "Support_Devices")  # labels that make no image abnormal
 DERIVED = "abnormal"  # what noisy-or derives from the other labels
 STAGES = (3, 4)  # how many the multi-scale head takes
 
@@ -297,6 +298,10 @@ def make_head(settings: HeadSettings, backbone: Backbone, labels: Sequence[str],
             raise CarinaError(
                 f"head.noisy_or=true derives {DERIVED} from the other findings; give labels= with {DERIVED} and at least "
                 "one finding"
+            )
+        if others := [label for label in labels if label in NO_FINDINGS]:
+            raise CarinaError(
+                f"head.noisy_or=true derives {DERIVED} from findings, and {others[0]} is none; leave it out of labels="
             )
         column = list(labels).index(DERIVED)
     kind = HEADS[settings.name]

@@ -70,7 +70,7 @@ class Tracker:
         """An artefact by its address, with nothing of its content; `facts`, such as checksums, beside it."""
         if self.wandb is not None:
             artefact = self._api.Artifact(name, type=kind, metadata=dict(facts))
-            artefact.add_reference(address, checksum=False)
+            artefact.add_reference(address, name=name, checksum=False)
             self.wandb.log_artifact(artefact)
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from carina.errors import CarinaError
 from carina.models.backbones import EXTERNAL, load_backbone, random_backbone
 from carina.models.checkpoints import write_backbone
+from carina.models.fetch import fetched
 
 RUN_FILES = {
     "recipe.yaml",
@@ -215,11 +217,9 @@ def test_color_weights_become_one_channel_with_the_same_features(name, tmp_path)
 def test_weights_from_elsewhere_become_one_channel(name, kind, tmp_path, monkeypatch):
     network = color_network(name, tmp_path)
     create = timm.create_model  # what would be downloaded is at hand
-    config = json.loads((tmp_path / "config.json").read_text())
-    monkeypatch.setattr(
-        timm.models, "load_model_config_from_hf", lambda _: (config["pretrained_cfg"], config["architecture"], {})
-    )
-    if kind != "file":
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    fetched.cache_clear()
+    if kind == "timm":
         monkeypatch.setattr(timm, "create_model", lambda _, **given: create(f"local-dir:{tmp_path}", **given))
     reference = {"timm": f"timm:{name}", "hub": "hub:org/name", "file": str(tmp_path / "model.safetensors")}[kind]
     backbone = load_backbone(reference, size=64, architecture=name, one_channel=True).eval()

@@ -35,9 +35,11 @@ def load_back(artefact: Artefact, folder: Path, timeout: float = 900) -> dict[st
         np.savez(f"{place}/given.npz", **given)
         words = [sys.executable, __file__, str(folder.resolve()), f"{place}/given.npz", f"{place}/found.npz"]
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run(
-            words, capture_output=True, text=True, timeout=timeout, env={**os.environ, **offline}, cwd=place
-        )
+        environment = {**os.environ, **offline}
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment, cwd=place)
+        except subprocess.TimeoutExpired:
+            raise CarinaError(f"{folder} did not load within {timeout:.0f} seconds; give the command again") from None
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise CarinaError(f"{folder} does not load in a fresh process ({last[:300]}); it was not uploaded")
