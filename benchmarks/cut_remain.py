@@ -1,13 +1,13 @@
 """Cut&Remain: does a classifier look at the lesion because of it, and does the blank itself give the label away?
 
-    python benchmarks/cut_remain.py [patients=800] [finding=Pneumothorax] [size=64] [steps=300] [seeds=[0,1]] [out=FILE.json]
+    python benchmarks/cut_remain.py [patients=800] [finding=Effusion] [marker=false] [size=64] [steps=300] [share=0.5]
+                                    [seeds=[0,1]] [out=FILE.json]
 
-On synthetic radiographs, half of the patients with one finding whose box is known. In training a plate goes with the
-finding, a bright rectangle in a corner, as where the sick are imaged by other hands: patients with it have one, the
-others none (marker=false leaves it out everywhere). The same network is trained with and without Cut&Remain
-(carina.finetune.mixing), on the same images in the same order, and judged on other patients, whose images are whole and
-all bear a plate. `inside` is the share of Grad-CAM's positive attribution (carina.evaluate.explain) that lies in the box,
-mean over images with the finding; `area` is what attribution at random would reach.
+On synthetic radiographs, half of the patients with one finding whose box is known. The same network is trained with and
+without Cut&Remain (carina.finetune.mixing), on the same images in the same order, and judged on other patients, whose
+images are whole. `inside` is the share of Grad-CAM's positive attribution (carina.evaluate.explain) that lies in the box,
+mean over images with the finding; `area` is what attribution at random would reach. With marker=true a plate goes with
+the finding in training, a bright rectangle in a corner, and all images of the other patients bear one.
 
 The control asks whether the blank is a shortcut: the patients with the finding are drawn again without it, everything
 else the same, and blanked by its box; the normal ones are blanked by boxes of others, as in training. A classifier is
@@ -70,8 +70,8 @@ class Arguments(Section):
 
 DEFAULTS = {
     "patients": 800,
-    "marker": True,
-    "finding": "Pneumothorax",
+    "marker": False,
+    "finding": "Effusion",
     "size": 64,
     "steps": 300,
     "batch_size": 32,

@@ -9,9 +9,10 @@ numbers, with prevalences from 0.30 to 0.01. *synthetic*
 
 The loop is LogisticRegression(C=..., max_iter=20000) a label and strength on the standardized features in float32, which
 it takes as they are (float64 doubles its time). Its times are summed over every fit, or with peer=N over N strengths spread
-evenly and multiplied, which the table says. At its default tolerance it stops before the minimum where the regularization
-is weak, so areas under the curve, on 2,000 further images, are compared twice: with the loop as it is, at the strength that
-our probe would choose and at every strength that ran, and with fits of tol=1e-6 at `tight` of the strengths.
+evenly and multiplied, which the table says. At its default tolerance it stops before the minimum, the earlier the rarer the
+label and the weaker the regularization; that is the time to beat. Areas under the curve, on 2,000 further images, are those
+of fits at the minimum: with tol=1e-6, of every label at the strength where its area is largest and of three labels at
+`tight` strengths. How far the loop as it is lies from us is shown beside it.
 
 Then probes of few patients, as the protocol of few labels makes thousands of: 64 and 256 images, 512 features, the six
 default strengths and three folds, which is 24 fits.
@@ -111,15 +112,19 @@ def measure(given: Arguments, threads: int, features: np.ndarray, targets: np.nd
                 rounds.append(int(model.n_iter_[0]))
                 theirs[place, label] = roc_auc_score(truth[:, label], model.decision_function(standard[given.images :]))
             print(f"threads {threads}, C {strengths[place]:.1e}: {np.sum(seconds):.0f} s", file=sys.stderr)
+        best = areas.argmax(axis=0)
+        spread = np.unique(np.linspace(0, given.strengths - 1, given.tight + 2).round().astype(int))[1:-1]
+        places = [
+            *zip(best, labels),
+            *((s, label) for s in spread for label in (0, given.labels // 2, given.labels - 1)),
+        ]
         close = []
-        for place in np.unique(np.linspace(0, given.strengths - 1, given.tight + 2).round().astype(int))[1:-1]:
-            for label in (0, given.labels // 2, given.labels - 1):
-                model = LogisticRegression(C=strengths[place], max_iter=50000, tol=1e-6)
-                model.fit(standard[train], targets[train, label])
-                area = roc_auc_score(truth[:, label], model.decision_function(standard[given.images :]))
-                close.append(abs(area - areas[place, label]))
+        for place, label in places:
+            model = LogisticRegression(C=strengths[place], max_iter=50000, tol=1e-6)
+            model.fit(standard[train], targets[train, label])
+            area = roc_auc_score(truth[:, label], model.decision_function(standard[given.images :]))
+            close.append(abs(area - areas[place, label]))
     loop = float(np.sum(seconds)) * given.strengths / len(picked)
-    best = np.nanargmax(np.where(np.isnan(theirs), np.nan, areas), axis=0)
     apart = np.abs(areas - theirs)
     return {
         "threads": threads,
@@ -128,9 +133,9 @@ def measure(given: Arguments, threads: int, features: np.ndarray, targets: np.nd
         "loop_strengths_run": len(picked),
         "loop_rounds": float(np.mean(rounds)),
         "faster": loop / ours,
-        "auroc_difference_at_the_best_strength": float(apart[best, list(labels)].max()),
-        "auroc_difference_by_strength": [None if np.isnan(v) else float(v) for v in apart.max(axis=1)],
-        "auroc_difference_tight": float(max(close)) if close else None,
+        "auroc_difference_at_the_best_strength": float(max(close[: given.labels])),
+        "auroc_difference_at_others": float(max(close[given.labels :], default=0.0)),
+        "auroc_difference_of_the_loop": [None if np.isnan(v) else float(v) for v in apart.max(axis=1)],
         "best_strengths": strengths[best].tolist(),
     }
 
@@ -162,7 +167,9 @@ def work(given: Arguments) -> None:
         "few": few(given.threads[0]),
         "bars": {"faster": BAR_FASTER, "auroc": BAR_AUROC},
         "passed": all(
-            row["faster"] >= BAR_FASTER and row["auroc_difference_at_the_best_strength"] <= BAR_AUROC for row in rows
+            row["faster"] >= BAR_FASTER
+            and max(row["auroc_difference_at_the_best_strength"], row["auroc_difference_at_others"]) <= BAR_AUROC
+            for row in rows
         ),
         "synthetic": True,
     }
@@ -171,20 +178,19 @@ def work(given: Arguments) -> None:
         title=f"{given.images:,} x {given.features:,} features, {given.labels} labels, {given.strengths} strengths "
         f"(synthetic; {'passed' if result['passed'] else 'NOT passed'})"
     )
-    for name in ("threads", "ours, s", "scikit-learn, s", "faster", "AUROC apart at the best", "at any", "tol=1e-6"):
+    for name in ("threads", "ours, s", "the loop, s", "faster", "AUROC apart at the best", "at others", "of the loop"):
         table.add_column(name, justify="right")
     for row in rows:
         part = "" if row["loop_strengths_run"] == given.strengths else f" (of {row['loop_strengths_run']})"
-        worst = max(v for v in row["auroc_difference_by_strength"] if v is not None)
-        tight = row["auroc_difference_tight"]
+        loop = max(v for v in row["auroc_difference_of_the_loop"] if v is not None)
         table.add_row(
             str(row["threads"]),
             f"{row['seconds']:.1f}",
             f"{row['loop_seconds']:.0f}{part}",
             f"{row['faster']:.1f}",
             f"{row['auroc_difference_at_the_best_strength']:.5f}",
-            f"{worst:.5f}",
-            "-" if tight is None else f"{tight:.5f}",
+            f"{row['auroc_difference_at_others']:.5f}",
+            f"{loop:.5f}",
         )
     console().print(table)
     small = Table(title="a probe of few images, cross-fitted (synthetic)")

@@ -30,7 +30,9 @@ from carina.metrics.ranking import auroc
 from carina.training.engine import pick_device
 
 PRECISE = 2**20  # features up to this many numbers are computed in double precision; larger ones leave the cache
-TOLERANCE = 1e-6  # of the objective that a fit may lie above its minimum, by Newton's decrement
+# How far a fit may lie above its minimum by Newton's decrement, in parts of what it gained on the prevalence alone (where
+# the regularization is strong) or of the objective (where it is weak and little is left of it)
+TOLERANCE = 1e-6
 PASSES = 150  # over the rows that a fit may take at one strength of a sweep on many of them
 BLOCK = 256  # rows that stay in the cache between the two products that they take part in
 
@@ -77,6 +79,9 @@ class Fits:
         like = {"dtype": axes.rows.dtype, "device": axes.device}
         self.positive = torch.from_numpy(np.where(used, targets, 0.0)).to(**like)
         self.negative = torch.from_numpy(np.where(used, 1.0 - targets, 0.0)).to(**like)
+        positives, negatives = (part.sum(dim=1, dtype=torch.float64) for part in (self.positive, self.negative))
+        self.prevalence_logits = torch.log(positives.clamp(min=1e-6) / negatives.clamp(min=1e-6))
+        self.unfitted = self._losses(self.prevalence_logits[:, None].to(axes.rows.dtype).expand_as(self.positive))
 
     def sweep(self, strengths: Sequence[float]) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
         """(strength C, solutions (P, R + 1), logits (P, N) of all rows) for ascending strengths.
@@ -86,8 +91,7 @@ class Fits:
         """
         axes, past = self.axes, []
         start = axes.rows.new_zeros(len(self.positive), axes.rows.shape[1])
-        counts = [part.sum(dim=1).clamp(min=1e-6) for part in (self.positive, self.negative)]
-        start[:, -1] = torch.log(counts[0] / counts[1])
+        start[:, -1] = self.prevalence_logits
         for strength in sorted(set(strengths)):
             starts = [start]
             if len(past) > 1:
@@ -138,15 +142,17 @@ class Fits:
             diagonal = own + self.axes.spread * curvature.mean(dim=1, keepdim=True)
             diagonal = diagonal.clamp(min=torch.finfo(rows.dtype).tiny)
             decrement = (gradient * gradient / diagonal).sum(dim=1).double()
-            open_ = decrement > self.tolerance * value[live]
-            live, gradient, curvature, diagonal, decrement, own = (
-                part[open_] for part in (live, gradient, curvature, diagonal, decrement, own)
+            worth = torch.minimum(self.unfitted[live] - value[live], value[live])
+            aim = self.tolerance * torch.maximum(worth, 1e-9 * value[live])
+            open_ = decrement > aim
+            live, gradient, curvature, diagonal, decrement, own, aim = (
+                part[open_] for part in (live, gradient, curvature, diagonal, decrement, own, aim)
             )
             if not len(live):
                 break
             # as exact as the quadratic model is, but never beyond what is asked for
             goal = torch.minimum(0.1 * decrement, decrement**2 / value[live])
-            goal = torch.maximum(goal, 0.1 * self.tolerance * value[live])
+            goal = torch.maximum(goal, 0.1 * aim)
             limit = min(left, 2 * rows.shape[1])
             step, change, taken = self._newton(gradient, curvature, diagonal, own, decrement, goal, limit)
             left -= taken + 1
@@ -162,9 +168,7 @@ class Fits:
             value[live] = torch.where(worse, before, found)
             w[live] += length * step
             z[live] += length * change
-            live = live[
-                before - value[live] > 0.01 * self.tolerance * before
-            ]  # others are as low as rounding lets them come
+            live = live[before - value[live] > 0.01 * aim]  # the others are as low as rounding lets them come
         return w, z
 
     def _newton(

@@ -178,7 +178,7 @@ def test_compare_two_arms(carina, runs, evaluated):
 def test_publish_a_predictor_and_refuse_memories(carina, runs, evaluated, phantom_store, pretrained, tmp_path):
     out = tmp_path / "published"
     carina("publish", runs["anomaly", "frozen"], "repo=org/name", f"out={out}", "license=mit", "--dry-run", "--quiet")
-    assert files(out) == PREDICTOR_FILES | {"README.md", "SHA256SUMS"}
+    assert files(out) == PREDICTOR_FILES | {"README.md", "SHA256SUMS", "recipe.yaml", "model.onnx"}
     card = (out / "README.md").read_text()
     assert "license: mit" in card and "synthetic" in card and "not a medical device" in card and "| abnormal |" in card
     knn = tmp_path / "knn"

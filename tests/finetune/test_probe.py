@@ -71,6 +71,21 @@ def test_every_fit_is_at_its_minimum(problem):
     assert seen == sorted(strengths)
 
 
+@pytest.mark.parametrize("kind", ["double", "single"])
+def test_scores_are_right_to_a_hundredth_at_every_strength_as_the_sweep_leaves_them(kind, monkeypatch):
+    if kind == "single":
+        monkeypatch.setattr(module, "PRECISE", 0)
+    strengths = np.logspace(-7, 4, 23).tolist()
+    for x, t in ((X, Y), (X[:25], Y[:25])):
+        x = x.astype(np.float64)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "PRECISE", 10**9)
+            exact = {strength: x @ weight.T for strength, weight, _ in fit_many(x, t, strengths, tolerance=1e-12)}
+        for strength, weight, _ in fit_many(x, t, strengths):
+            left, right = (value - value.mean(axis=0) for value in (x @ weight.T, exact[strength]))
+            assert (np.abs(left - right).max(axis=0) < 0.01 * np.abs(right).max(axis=0)).all(), strength
+
+
 @pytest.mark.parametrize("rows", [400, 25])
 @pytest.mark.parametrize("kind", ["double", "single"])
 def test_the_coefficients_are_those_of_scikit_learn(rows, kind, monkeypatch):
