@@ -1,6 +1,6 @@
 """Attention consistency: does attention move with the image, and what does that cost?
 
-    python benchmarks/attention.py store=STORE [backbone=RUN] [labels=[abnormal]] [weights=[0,1]] [seeds=[0,1,2]]
+    python benchmarks/attention.py store=STORE [backbone=RUN] [labels=[abnormal]] [weights=[0,0.05]] [seeds=[0,1,2]]
                                    [steps=300] [scale=64] [rows=train] [held_out=val+test] [where=...] [out=FILE.json]
 
 The same network with the multi-scale attention head is trained with every weight of the consistency loss and nothing
@@ -68,7 +68,7 @@ DEFAULTS = {
     "backbone": "random",
     "architecture": "resnet18",
     "labels": ["abnormal"],
-    "weights": [0.0, 1.0],
+    "weights": [0.0, 0.05],
     "seeds": [0, 1, 2],
     "steps": 300,
     "batch_size": 32,

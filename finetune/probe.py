@@ -31,9 +31,10 @@ from carina.training.engine import pick_device
 
 PRECISE = 2**20  # features up to this many numbers are computed in double precision; larger ones leave the cache
 # How far a fit may lie above its minimum by Newton's decrement, in parts of what it gained on the prevalence alone (where
-# the regularization is strong) or of the objective (where it is weak and little is left of it)
-TOLERANCE = 1e-6
-PASSES = 150  # over the rows that a fit may take at one strength of a sweep on many of them
+# the regularization is strong) or of the objective (where it is weak and little is left of it). The square root is about
+# the relative error of the scores. The first for double precision and for fits that are kept, the second for large sweeps.
+FINE, COARSE = 1e-7, 1e-5
+PASSES = 50  # over the rows that a fit may take at one strength of a large sweep
 BLOCK = 256  # rows that stay in the cache between the two products that they take part in
 
 
@@ -66,7 +67,7 @@ class Axes:
 
     def unfold(self, solutions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Solutions (P, R + 1) -> weights (P, D) and biases (P,), float64."""
-        weight = (solutions[:, :-1].double() @ self.axes.double().T).cpu().numpy() / self.scale
+        weight = (solutions[:, :-1] @ self.axes.T).double().cpu().numpy() / self.scale
         weight[:, self.constant] = 0.0
         return weight, solutions[:, -1].double().cpu().numpy() - weight @ self.mean
 
@@ -74,8 +75,8 @@ class Axes:
 class Fits:
     """P logistic regressions on the rows of `axes`: targets (P, N) in [0, 1], used (P, N) says which rows each one sees."""
 
-    def __init__(self, axes: Axes, targets: np.ndarray, used: np.ndarray, tolerance: float = TOLERANCE):
-        self.axes, self.tolerance = axes, tolerance
+    def __init__(self, axes: Axes, targets: np.ndarray, used: np.ndarray, tolerance: float | None = None):
+        self.axes, self.tolerance = axes, tolerance or (FINE if axes.precise else COARSE)
         like = {"dtype": axes.rows.dtype, "device": axes.device}
         self.positive = torch.from_numpy(np.where(used, targets, 0.0)).to(**like)
         self.negative = torch.from_numpy(np.where(used, 1.0 - targets, 0.0)).to(**like)
@@ -214,7 +215,7 @@ class Fits:
 
 
 def fit_many(
-    features: np.ndarray, targets: np.ndarray, strengths: Sequence[float], tolerance: float = TOLERANCE
+    features: np.ndarray, targets: np.ndarray, strengths: Sequence[float], tolerance: float | None = None
 ) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
     """(strength, weights (L, D), biases (L,)) of every strength, ascending: one logistic regression a label.
 
@@ -294,7 +295,7 @@ def probe(
                 best[number] = round(value, 4)
                 solutions[number], crossed[:, number] = found[everything[number]], scores
                 chosen[label] = {"strength": strength, "cross_fitted_auroc": round(float(value), 4)}
-    kept = Fits(axes, targets.T, ~np.isnan(targets.T))
+    kept = Fits(axes, targets.T, ~np.isnan(targets.T), FINE)
     solutions = kept.finish(np.array([chosen[label]["strength"] for label in labels]), solutions)
     weights, biases = axes.unfold(solutions)
     return weights, biases, chosen, crossed

@@ -37,7 +37,7 @@ def sharded(*words: str) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("recipe", ["debug/moco_vit", "debug/dino_vit"])
+@pytest.mark.parametrize("recipe", ["debug/moco_vit", pytest.param("debug/dino_vit", marks=pytest.mark.slow)])
 def test_sharded_training_equals_one_process_and_resumes(recipe, carina, phantom_store, tmp_path):
     if recipe == "debug/dino_vit":
         extra = ("export=teacher", "scales=[64]")
