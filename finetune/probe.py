@@ -42,10 +42,15 @@ class Axes:
     """Features (N, D), standardized and turned onto their principal axes, a column of ones behind them.
 
     rows: (N, R + 1), R <= min(N, D). `unfold` turns solutions back into coefficients of the features as they came.
-    Constant features get coefficient 0.
+    Constant features get coefficient 0. Raises CarinaError where a feature is no finite number.
     """
 
     def __init__(self, features: np.ndarray):
+        if not np.isfinite(features).all():
+            raise CarinaError(
+                f"{int((~np.isfinite(features)).any(axis=1).sum())} of {len(features)} rows have features that are not "
+                "finite numbers; the backbone may have been trained to nothing, try an earlier checkpoint"
+            )
         self.precise = features.size <= PRECISE
         self.device = torch.device("cpu") if self.precise else pick_device()
         kind = np.float64 if self.precise else np.float32
@@ -145,9 +150,9 @@ class Fits:
             decrement = (gradient * gradient / diagonal).sum(dim=1).double()
             worth = torch.minimum(self.unfitted[live] - value[live], value[live])
             aim = self.tolerance * torch.maximum(worth, 1e-9 * value[live])
-            open_ = decrement > aim
+            going = decrement > aim
             live, gradient, curvature, diagonal, decrement, own, aim = (
-                part[open_] for part in (live, gradient, curvature, diagonal, decrement, own, aim)
+                part[going] for part in (live, gradient, curvature, diagonal, decrement, own, aim)
             )
             if not len(live):
                 break
@@ -204,12 +209,12 @@ class Fits:
             scaled = residual / diagonal
             fresh = (residual * scaled).sum(dim=1)
             direction, size = scaled + (fresh / size)[:, None] * direction, fresh
-            open_ = size > goal
-            if not open_.all():
-                if not open_.any():
+            going = size > goal
+            if not going.all():
+                if not going.any():
                     break
                 places, residual, direction, size, goal, curvature, diagonal, ridge = (
-                    part[open_] for part in (places, residual, direction, size, goal, curvature, diagonal, ridge)
+                    part[going] for part in (places, residual, direction, size, goal, curvature, diagonal, ridge)
                 )
         return steps, changes, taken
 
@@ -275,7 +280,7 @@ def probe(
     columns = [column for column, _, _ in fits]
     batch = Fits(axes, targets.T[columns], np.stack([used for _, used, _ in fits]))
     middle = settings.strengths[len(settings.strengths) // 2]
-    best: list[tuple[float, float] | None] = [None] * len(labels)
+    best: list[float | None] = [None] * len(labels)
     chosen = {label: {"strength": middle, "cross_fitted_auroc": None} for label in labels}
     crossed = np.full(targets.shape, np.nan)
     solutions = torch.zeros(len(labels), axes.rows.shape[1], dtype=axes.rows.dtype, device=axes.device)

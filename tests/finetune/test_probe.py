@@ -178,3 +178,10 @@ def test_one_class_is_said(value):
     targets[:9] = np.nan
     with pytest.raises(CarinaError, match="one class only of 'a'"):
         probe(X, targets, PATIENTS, ["a"], ProbeSettings(strengths=[1.0], folds=3), 0)
+
+
+def test_features_that_are_no_numbers_are_said():
+    broken = X.copy()
+    broken[3, 2], broken[7] = np.nan, np.inf
+    with pytest.raises(CarinaError, match="2 of 400 rows"):
+        probe(broken, Y, PATIENTS, ["a", "b"], ProbeSettings(strengths=[1.0], folds=3), 0)
