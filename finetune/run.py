@@ -145,12 +145,12 @@ def _check(recipe: FinetuneRecipe, dry_run: bool) -> None:
 
 
 def _check_scales(recipe: FinetuneRecipe) -> None:
-    if recipe.shared and recipe.mode == "frozen":
-        raise CarinaError("shared=true trains one network at several scales, and mode=frozen trains none; leave it out")
     if not recipe.scales:
         if recipe.shared:
             raise CarinaError("shared=true trains one network at several scales; give scales=[A,B]")
         return
+    if recipe.shared and recipe.mode == "frozen":
+        raise CarinaError("shared=true trains one network at several scales, and mode=frozen trains none; leave it out")
     if recipe.task == "anomaly":
         raise CarinaError("scales= stacks classifiers; for anomaly detection give scale=, or scorer.sizes=[A,B]")
     if recipe.scale is not None or recipe.size is not None:
