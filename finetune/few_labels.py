@@ -264,7 +264,7 @@ class FewLabels:
             "runs_to_train": sum(not unit.frozen for unit in pending),
             "parallel": jobs,
             "memory_gib": round(memory * jobs, 2),
-            "hours": round(seconds / 3600 / jobs, 3),
+            "hours": round(seconds / 3600 / jobs, 6),
             "time": clock(seconds / jobs),
             "disk_mib": round(disk * jobs + cells * (0.02 + 1e-5 * rows), 1),
             "energy_kwh": round(joules / 3.6e6, 5),
