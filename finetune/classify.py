@@ -47,6 +47,8 @@ class Classification(Task):
         self.loss = make_loss(recipe.loss, targets, recipe.total_steps(len(selection)))
         mixing = recipe.mixing
         self.cut = CutRemain(selection, targets, recipe.labels, mixing) if mixing.name == "cut_remain" else None
+        both = [((target > 0.5).any() and (target < 0.5).any()) for target in targets.T]
+        self.one_class = [label for label, two in zip(recipe.labels, both) if not two]
         # heads on maps leave what follows them in the network without a gradient
         self.skips_parameters = recipe.head.name not in ("linear", "mlp")
 
@@ -57,7 +59,8 @@ class Classification(Task):
     @property
     def notes(self) -> list[str]:
         """What the log should say beforehand."""
-        return size_notes(self.recipe.labels, self.recipe.mixing)
+        alone = "the training rows hold one class only, so its scores will say nothing; leave the label out"
+        return [f"{label}: {alone}" for label in self.one_class] + size_notes(self.recipe.labels, self.recipe.mixing)
 
     def train(self, mode: bool = True) -> Classification:
         super().train(mode)

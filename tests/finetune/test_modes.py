@@ -219,3 +219,12 @@ def test_a_head_learns_from_what_frozen_weights_gave(name):
 def test_what_a_mode_cannot_do_is_told(words, said):
     with pytest.raises(CarinaError, match=said):
         recipe(*words)
+
+
+def test_a_label_of_one_class_is_told_before_the_training(rows):
+    selection, targets = rows
+    always = np.ones_like(targets[:, :1])
+    given = recipe("mode=full", f"labels={[*LABELS, 'Always']}")
+    found = task(given, (selection, np.concatenate([targets, always], axis=1)))
+    assert [note.partition(":")[0] for note in found.notes] == ["Always"] and "one class only" in found.notes[0]
+    assert not task(recipe("mode=full"), rows).notes
