@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from MLstatkit import Delong_test
 from scipy.stats import norm
+from sklearn import metrics as oracle
 from statsmodels.stats.multitest import multipletests
 
 from carina.errors import CarinaError
 from carina.metrics import resampling
 from carina.metrics.intervals import Difference, holm, paired_difference, patient_bootstrap
 from carina.metrics.ranking import auroc, average_precision
+from carina.metrics.resampling import replicate
 
 
 def binormal(seed, positives, negatives, shift=1.2):
@@ -93,6 +95,24 @@ def test_macro_is_the_mean_over_labels_and_labels_are_drawn_together():
     # Two identical labels say no more than one: they were resampled together.
     assert (twice.low, twice.high) == pytest.approx((once.low, once.high))
     assert twice.estimable
+
+
+@pytest.mark.parametrize("metric", ["auroc", "average_precision"])
+def test_bca_is_efrons_formula_with_patients_left_out_one_by_one(metric):
+    target, score = binormal(12, 60, 90)
+    score, patients = np.round(score, 1), np.arange(150) // 2
+    target = target[np.arange(150) // 2 * 2]  # patients are of one class
+    measure = {"auroc": oracle.roc_auc_score, "average_precision": oracle.average_precision_score}[metric]
+    boot = replicate(target[:, None], score[None, :, None], patients, metric, 1500, seed=3).boot[:, 0, 0]
+    whole = measure(target, score)
+    below = np.mean(boot < whole) + 0.5 * np.mean(boot == whole)
+    without = np.array([measure(target[patients != one], score[patients != one]) for one in range(75)])
+    away = without.mean() - without
+    bias, acceleration = norm.ppf(below), (away**3).sum() / (6 * (away**2).sum() ** 1.5)
+    ends = bias + norm.ppf([0.025, 0.975])
+    expected = np.quantile(boot, norm.cdf(bias + ends / (1 - acceleration * ends)))
+    found = patient_bootstrap(target, score, patients, metric, resamples=1500, seed=3)
+    np.testing.assert_allclose([found.value, found.low, found.high], [whole, *expected], atol=1e-9)
 
 
 def test_says_what_cannot_be_estimated():
