@@ -8,12 +8,14 @@ beside a loop over scikit-learn on `loop` of these resamples; both give the same
 delong: the variance from ranks on 100,000 scores beside the quadratic form (timed on 4,000, scaled by the square).
 coverage: shares of simulated studies, seed fixed beforehand, whose 95 % interval holds the true AUROC.
 tests: shares of studies in which two equally good arms are told apart at 5 %. clusters: several images a patient.
+Parts that are not asked for stay in out= as they are, when seed and number of studies are the same.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -24,7 +26,7 @@ from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from carina.errors import CarinaError
-from carina.files import write_json
+from carina.files import read_json, write_json
 from carina.metrics.agreement import mcnemar_test, stuart_maxwell
 from carina.metrics.delong import auroc_difference, auroc_interval
 from carina.metrics.intervals import interval, paired_difference, patient_bootstrap
@@ -214,7 +216,9 @@ def work(arguments: Arguments) -> None:
         out.print(table)
         result[part] = found
     if arguments.out:
-        write_json(arguments.out, result)
+        before = read_json(arguments.out) if Path(arguments.out).is_file() else {}
+        same = all(before.get(key) == result[key] for key in ("seed", "studies"))
+        write_json(arguments.out, {**(before if same else {}), **result})
     rows = [row for part in arguments.parts for row in _rows(result[part])]
     missed = sum(row.get("passed") is False for row in rows)
     if missed:
