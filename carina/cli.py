@@ -107,7 +107,7 @@ def _evaluate(args, positionals, overrides):
         return _print_recipe("evaluate", EvaluateRecipe, "default", overrides)
     result = evaluate(positionals[0], overrides, quiet=args.quiet)
     if not args.json:
-        from carina.evaluate.score import terminal_table
+        from carina.evaluate.terminal import terminal_table
 
         _show(terminal_table(result))
     return result
@@ -119,14 +119,14 @@ def _compare(args, positionals, overrides):
     from carina.recipes import parse_overrides, validate
 
     settings = validate(CompareSettings, parse_overrides(overrides), "compare")
-    result = compare(settings.a, settings.b, settings.resamples)
+    result = compare(settings.a, settings.b, settings.resamples, method=settings.method)
     if settings.out:
         from carina.files import write_json
 
         write_json(f"{settings.out}/comparison.json", result)
     if not args.json:
         _show(table(result))
-        for row in result.get("rows", ()):
+        for row in (*result["rows"], *result["mcnemar"]):
             print(row["sentence"])
     return result
 
@@ -136,7 +136,9 @@ def _predict(args, positionals, overrides):
 
     if overrides:
         raise CarinaError(f"predict takes no overrides, '{overrides[0]}' was given")
-    result = predict(positionals[0], positionals[1:], maps=args.maps, csv=args.csv, quiet=args.quiet)
+    others = args.beside.split(",") if args.beside else []
+    how = {"maps": args.maps, "method": args.method, "others": others, "csv": args.csv, "quiet": args.quiet}
+    result = predict(positionals[0], positionals[1:], **how)
     if not args.json:
         _show(terminal_table(result))
     return result
@@ -155,12 +157,23 @@ def _publish(args, positionals, overrides):
 
 
 def _inspect(args, positionals, overrides):
-    from carina.inspect import inspect
+    if overrides:
+        result = _looked_at(positionals[0], overrides)
+    else:
+        from carina.inspect import inspect
 
-    result = inspect(positionals[0])
+        result = inspect(positionals[0])
     if not args.json:
         _say_pairs(result)
     return result
+
+
+def _looked_at(path, overrides):
+    if path.endswith(".parquet"):
+        from carina.evaluate.neighbors import look
+    else:
+        from carina.evaluate.receptive import look
+    return look(path, overrides)
 
 
 def _doctor(args, positionals, overrides):
@@ -227,7 +240,12 @@ VERBS: dict[str, Verb] = {
         "carina predict runs/frozen images/*.png --maps maps --json",
         _predict,
         (2, None),
-        (("--maps=DIR", "write a heat map beside every score"), ("--csv=FILE", "write the scores, a row a file")),
+        (
+            ("--maps=DIR", "write a heat map beside every score"),
+            ("--method=NAME", "of the heat maps: gradcam (default), rollout or integrated_gradients"),
+            ("--beside=RUN,RUN", "other runs whose heat maps are held against those of RUN: how far they agree"),
+            ("--csv=FILE", "write the scores, a row a file"),
+        ),
     ),
     "embed": Verb(
         "RUN STORE|FILES...",
@@ -244,7 +262,13 @@ VERBS: dict[str, Verb] = {
         (1, 1),
         (DRY,),
     ),
-    "inspect": Verb("PATH", "what an artefact is and holds.", "carina inspect store", _inspect),
+    "inspect": Verb(
+        "PATH",
+        "what an artefact is and holds; with nearest=IMAGE_ID or map=FILE.png: neighbors or a map among features; with "
+        "field=FILE.png: what the layers of a backbone see.",
+        "carina inspect features.parquet map=map.png color=view store=store",
+        _inspect,
+    ),
     "doctor": Verb("", "what this machine can do, and what is missing.", "carina doctor", _doctor, (0, 0)),
     "quickstart": Verb(
         "", "everything once, on synthetic radiographs.", "carina quickstart out=carina-quickstart", _quickstart, (0, 0)

@@ -68,6 +68,7 @@ def publish(run: str, overrides: Any = (), *, dry_run: bool = False, quiet: bool
         confirmed=[clause for clause in clauses if clause.id in confirmed],
         environment=opened.environment(),
         backbone=_named(opened.recipe().get("backbone") or ""),
+        rows_chosen=opened.recipe().get("where") is not None,
         watts=settings.watts,
     )
     manifest, folder = find_manifest(run), Path(settings.out)
@@ -85,11 +86,13 @@ def publish(run: str, overrides: Any = (), *, dry_run: bool = False, quiet: bool
         names=_file_names(artefact.record.get("store_hashes", [])),
         say=say,
     )
-    verify(folder)
     differences = load_back(artefact, folder)
     for clause in missing:
         say(f"before the upload: {clause.sentence()} (confirm={clause.id})")
-    url = None if dry_run else upload(folder, settings.repo, settings.private)
+    url = None
+    if not dry_run:
+        verify(folder)
+        url = upload(folder, settings.repo, settings.private)
     if settings.wandb != "off":
         _track(opened, settings, folder, result["kind"], metrics)
     where = f"{settings.repo} would receive" if dry_run else f"{url} received"
@@ -111,7 +114,7 @@ def publish(run: str, overrides: Any = (), *, dry_run: bool = False, quiet: bool
 def _track(run: Run, settings: PublishSettings, folder: Path, kind: str, metrics: list[dict[str, Any]]) -> None:
     """Tables of the evaluations, the curves of pretraining and the artefact by its address, for wandb; no image of a person
     and no weights."""
-    from carina.models.hub import SUMS
+    from carina.models.hub.folder import read_sums
     from carina.training.tracking import Tracker
 
     tracker = Tracker(run, settings.wandb, run.recipe())
@@ -122,9 +125,8 @@ def _track(run: Run, settings: PublishSettings, folder: Path, kind: str, metrics
                     for row in one["table"]]  # fmt: skip
             tracker.table(f"evaluation {one['split']}", rows)
         tracker.picture("watched while it trained", run.folder / "watch.png", shows_patients=False)
-        sums = dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text("utf-8").splitlines())
         name = settings.repo.replace("/", "-")
-        tracker.reference(name, "model", f"hf://{settings.repo}", {"kind": kind, "sha256": sums})
+        tracker.reference(name, "model", f"hf://{settings.repo}", {"kind": kind, "sha256": read_sums(folder)})
     finally:
         tracker.close()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,9 @@ import pyarrow as pa
 from pydantic import Field
 
 from carina.errors import CarinaError
+from carina.evaluate.mcnemar import decision_tests, thresholds_of
 from carina.files import read_json
+from carina.metrics.delong import auroc_difference, auroc_interval
 from carina.metrics.intervals import MIN_POSITIVES, Difference, Interval, difference, holm, interval
 from carina.metrics.resampling import Replicates, replicate
 from carina.recipes import Section
@@ -25,13 +27,16 @@ from carina.recipes import Section
 COLUMNS = ("image_id", "patient_id", "split", "fold", "seed", "label", "target", "score")
 METRIC_NAMES = {"auroc": "AUROC", "average_precision": "average precision"}
 ALPHA = 0.05
+Method = Literal["bootstrap", "delong"]
 
 
 class CompareSettings(Section):
-    """a, b: folders of each arm, as a list or ``DIR,DIR``. resamples: of patients. out: where comparison.json goes."""
+    """a, b: folders of each arm, as a list or ``DIR,DIR``. method: of AUROC by label; delong is Obuchowski's where patients
+    have several images. resamples: of patients. out: where comparison.json goes."""
 
     a: str | list[str]
     b: str | list[str]
+    method: Method = "bootstrap"
     resamples: Annotated[int, Field(ge=1)] = 10_000
     out: str | None = None
 
@@ -135,10 +140,20 @@ def _sentence(
     return start + "This test cannot tell the arms apart."
 
 
-def _row(
-    name: str, role: str, metric: str, arms: tuple[Replicates, Replicates], column: int | None
-) -> tuple[dict[str, Any], Interval, Interval, Difference]:
-    first, second, found = interval(arms[0], column), interval(arms[1], column), difference(*arms, column)
+Found = tuple[Interval, Interval, Difference]
+
+
+def _resampled(arms: tuple[Replicates, Replicates], column: int | None) -> Found:
+    return interval(arms[0], column), interval(arms[1], column), difference(*arms, column)
+
+
+def _by_variance(target: np.ndarray, scores: Sequence[np.ndarray], patients: np.ndarray) -> Found:
+    first, second = (auroc_interval(target, score, patients) for score in scores)
+    return first, second, auroc_difference(target, *scores, patients)
+
+
+def _row(name: str, role: str, metric: str, figures: Found) -> tuple[dict[str, Any], Interval, Interval, Difference]:
+    first, second, found = figures
     row = {"label": name, "metric": metric, "role": role, "a": first.to_dict(), "b": second.to_dict()}
     return row | {"difference": found.to_dict()}, first, second, found
 
@@ -172,18 +187,27 @@ def compare(
     resamples: int = 10_000,
     seed: int = 0,
     names: tuple[str, str] = ("a", "b"),
+    method: Method = "bootstrap",
 ) -> dict[str, Any]:
     """Paired differences a - b of AUROC and average precision, per label and as the mean over labels.
 
     a, b: folders with predictions.parquet, the runs of each arm; equally many runs are paired in the order given.
-    `names` are what the sentences call them. The
-    mean ("macro") is over the labels with at least 20 patients in each class; the others are named. Patients are
-    resampled together for all runs, labels and arms. Returns values that JSON can hold. Raises CarinaError for a folder
+    `names` are what the sentences call them. The mean ("macro") is over the labels with at least 20 patients in each class;
+    the others are named. Patients are resampled together for all runs, labels and arms. method=delong: AUROC by label from
+    its variance instead (DeLong's, Obuchowski's where patients have several images), for one run an arm; the mean and
+    average precision are resampled all the same. Where both arms are one run with thresholds, `mcnemar` tests their
+    decisions. Returns values that JSON can hold. Raises CarinaError for a folder
     without predictions and for arms on different images, targets or patients.
     """
     if not a or not b:
         raise CarinaError("compare needs two arms; give a=DIR[,DIR...] and b=DIR[,DIR...]")
     labels, images, target, scores = _arrays([a, b])
+    single = max(map(len, scores)) == 1
+    if method == "delong" and not single:
+        raise CarinaError(
+            f"method=delong compares one run with one run and these arms have {len(scores[0])} and {len(scores[1])}; use "
+            "method=bootstrap, which resamples runs too"
+        )
     patients = images["patient_id"].to_numpy()
     replicates = {
         metric: tuple(replicate(target, arm, patients, metric, resamples, seed) for arm in scores)
@@ -199,10 +223,18 @@ def compare(
         if several:
             role = "primary" if metric == "auroc" else "exploratory"
             chosen = tuple(arm.select(enough) for arm in arms) if enough.any() else arms
-            rows.append(_row("macro", role, metric, chosen, None))
+            rows.append(_row("macro", role, metric, _resampled(chosen, None)))
         for column, label in enumerate(labels):
             role = "exploratory" if several or metric != "auroc" else "primary"
-            rows.append(_row(label, role, metric, arms, column))
+            if method == "delong" and metric == "auroc":
+                figures = _by_variance(target[:, column], [arm[0, :, column] for arm in scores], patients)
+            else:
+                figures = _resampled(arms, column)
+            rows.append(_row(label, role, metric, figures))
+    tests = []
+    if single and len(a) == len(b) == 1:
+        limits = [thresholds_of(folder) for folder in (a[0], b[0])]
+        tests = decision_tests(labels, target, [arm[0] for arm in scores], limits, patients, names, seed)
     mean = "Mean over labels" if enough.all() else f"Mean over the {enough.sum()} labels with enough patients"
     return {
         "a": {"folders": [str(folder) for folder in a], "runs": len(scores[0])},
@@ -216,9 +248,11 @@ def compare(
         "macro_leaves_out": [label for label, taken in zip(labels, enough) if several and not taken],
         "resamples": resamples,
         "seed": seed,
-        "resampled": "patients" if max(map(len, scores)) == 1 else "patients and runs",
+        "resampled": "patients" if single else "patients and runs",
+        "method": method,
         "correction": "Holm, over all exploratory rows that can be estimated",
         "rows": _judged(rows, names, mean),
+        "mcnemar": tests,
     }
 
 
@@ -227,10 +261,16 @@ def _synthetic(folder: str | Path) -> bool:
     return path.is_file() and bool(read_json(path).get("synthetic", False))
 
 
-def main(a: str | Sequence[str], b: str | Sequence[str], resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:
+def main(
+    a: str | Sequence[str],
+    b: str | Sequence[str],
+    resamples: int = 10_000,
+    seed: int = 0,
+    method: Method = "bootstrap",
+) -> dict[str, Any]:
     """`compare` for the command line: `a` and `b` may be lists or "DIR,DIR"."""
     split = [[p for p in arm.split(",") if p] if isinstance(arm, str) else list(arm) for arm in (a, b)]
-    return compare(*split, resamples=resamples, seed=seed)
+    return compare(*split, resamples=resamples, seed=seed, method=method)
 
 
 def table(result: dict[str, Any]) -> Any:
@@ -245,7 +285,8 @@ def table(result: dict[str, Any]) -> Any:
     shown = Table(
         title=f"a - b on {result['images']} images of {result['patients']} patients",
         caption=f"{synthetic}primary: {escape(result['primary'])}; the other rows are exploratory, their p-values "
-        f"corrected (Holm); {result['resampled']} resampled {result['resamples']} times",
+        f"corrected (Holm); {result['resampled']} resampled {result['resamples']} times"
+        + (", AUROC by label from its variance (DeLong)" if result["method"] == "delong" else ""),
     )
     for heading in ("label", "metric", "a", "b", "a - b", "95 % interval", "p", "verdict"):
         shown.add_column(heading, justify="left" if heading in ("label", "metric", "verdict") else "right")

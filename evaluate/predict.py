@@ -18,8 +18,9 @@ from carina.data.batches import in_order
 from carina.data.encoding import Encoding
 from carina.data.store import Selection, select, unit
 from carina.errors import CarinaError
+from carina.evaluate.agreement import agreement, agreement_map
 from carina.evaluate.explain import heat_maps
-from carina.files import atomic_path, write_table, write_text
+from carina.files import write_bytes, write_table, write_text
 from carina.imaging.dicom import Unreadable, list_files, read_radiograph
 from carina.imaging.frames import make_frames
 from carina.imaging.geometry import Geometry, resize_mask
@@ -113,26 +114,41 @@ def expand(paths: Sequence[str]) -> list[str]:
 
 
 def predict(
-    run: str, paths: Sequence[str], *, maps: str | None = None, csv: str | None = None, quiet: bool = False
+    run: str,
+    paths: Sequence[str],
+    *,
+    maps: str | None = None,
+    method: str | None = None,
+    others: Sequence[str] = (),
+    csv: str | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Scores of files: {"predictions": [{"path", "scores", "above_threshold"}], "rejected": [{"path", "reason"}]}.
 
     Files are read as prepare read those that the predictor was trained on, its encoding included, so a file's scores are
     those that evaluate gives its row. maps: a folder that receives a heat map (PNG) per file and label, of a stack by the
-    member that counts most for the label. csv: a file that receives the scores, a row a file. A predictor of the lungs
-    or the background alone finds the lungs of each file itself.
+    member that counts most for the label. method: of the maps, see `heat_maps`. others: runs for the same labels whose
+    maps are held against those of `run`: each prediction then has `agreement`, the figures of
+    `carina.evaluate.agreement` by label, and `maps` a picture of it beside each heat map. csv: a file that receives the
+    scores, a row a file. A predictor of the lungs or the background alone finds the lungs of each file itself.
     """
+    if maps is None and (method is not None or others):
+        raise CarinaError(
+            "a method of heat maps, or other runs to hold them against, need a folder for the maps; give maps"
+        )
     device = pick_device()
     predictor = load_predictor(run, device)
+    predictors = [predictor, *(_alike(other, predictor, device) for other in others)]
     photometry, geometry = (
         Photometry.from_dict(predictor.info["photometry"]),
         Geometry.from_dict(predictor.info["geometry"]),
     )
     predictions, rejected = [], []
     files = expand(paths)
-    names, span = _map_names(files), predictor.info.get("map_span")
-    need_lungs = any(member.needs_lungs for member in predictor.members)
-    reading = read_files(files, predictor.scales, photometry, geometry, need_lungs, _encodings(predictor))
+    names, spans = _map_names(files), [given.info.get("map_span") for given in predictors]
+    need_lungs = any(member.needs_lungs for given in predictors for member in given.members)
+    scales = [scale for given in predictors for scale in given.scales]
+    reading = read_files(files, scales, photometry, geometry, need_lungs, _encodings(predictor))
     with Progress("predict", len(files), unit="files", quiet=quiet) as progress:
         for read, images, lungs, bad in reading:
             rejected += bad
@@ -144,8 +160,11 @@ def predict(
                     above = {label: value >= predictor.info["thresholds"][label] for label, value in values.items()}
                     predictions.append({"path": path, "scores": values, "above_threshold": above})
                 if maps:
-                    span = span or _first_span(predictor, images, lungs)
-                    _write_maps(Path(maps), predictor, [names[path] for path in read], images, lungs, span)
+                    spans = [span or _first_span(p, images, lungs) for span, p in zip(spans, predictors)]
+                    own = [names[path] for path in read]
+                    agreed = _write_maps(Path(maps), predictors, own, images, lungs, spans, method)
+                    for row, found in zip(predictions[-len(read) :], agreed):
+                        row["agreement"] = found
             progress.advance(len(read) + len(bad))
     if not predictions:
         raise CarinaError(f"none of the {len(rejected)} files could be read; the first reason: {rejected[0]['reason']}")
@@ -199,17 +218,55 @@ def _first_span(predictor: Predictor, images: dict[int, torch.Tensor], lungs: di
     return None if found is None else map_span(found.float().cpu().numpy())
 
 
-def _write_maps(folder: Path, predictor: Predictor, names: list[str], images: dict, lungs: dict, span: Any) -> None:
+def _alike(run: str, first: Predictor, device: torch.device) -> Predictor:
+    """Another predictor, for images prepared as for the first and with all its labels."""
+    predictor = load_predictor(run, device)
+    if _encodings(predictor) != _encodings(first):
+        raise CarinaError(
+            f"{run} was trained on a store of other scales or another encoding, so a file is not the same picture to it; "
+            "give runs of one store"
+        )
+    first.check_prepared(predictor.info["photometry"], predictor.info["geometry"], f"the training store of {run}")
+    if missing := [label for label in first.labels if label not in predictor.labels]:
+        raise CarinaError(
+            f"{run} does not score {missing[0]}, so its heat maps cannot be compared; give runs of its labels"
+        )
+    return predictor
+
+
+def _write_maps(
+    folder: Path,
+    predictors: Sequence[Predictor],
+    names: list[str],
+    images: dict[int, torch.Tensor],
+    lungs: dict[int, torch.Tensor],
+    spans: Sequence[Any],
+    method: str | None,
+) -> list[dict[str, dict[str, float | None]]]:
+    """A picture a file and label by the first predictor; with several a second one of how far they agree, and of each file
+    the figures by label."""
     from carina.evaluate.report.figures import example
 
-    for column, label in enumerate(predictor.labels):
-        member = predictor.leading(column)
-        pixels = images[member.scale]
-        heats = heat_maps(member, pixels, column, lungs.get(member.scale), span)
-        for name, image, heat in zip(names, pixels.cpu(), heats):
-            picture = example(image[0].numpy(), heat, None, False)
-            with atomic_path(folder / f"{name}-{label}.png") as temporary:
-                temporary.write_bytes(picture)
+    found: list[dict[str, dict[str, float | None]]] = [{} for _ in names] if len(predictors) > 1 else []
+    for label in predictors[0].labels:
+        heats, pixels = [], None
+        for predictor, span in zip(predictors, spans):
+            column = predictor.labels.index(label)
+            member = predictor.leading(column)
+            view = images[member.scale]
+            pixels = view if pixels is None else pixels
+            heats.append(heat_maps(member, view, column, lungs.get(member.scale), span, method))
+        for number, (name, image) in enumerate(zip(names, pixels.cpu())):
+            pictures = {f"{name}-{label}": heats[0][number]}
+            if found:
+                side = max(heat.shape[-1] for heat in heats)
+                several = np.stack([cv2.resize(heat[number], (side, side)) for heat in heats])
+                values = agreement(several)
+                found[number][label] = {key: value if np.isfinite(value) else None for key, value in values.items()}
+                pictures[f"{name}-{label}-agreement"] = agreement_map(several)
+            for stem, heat in pictures.items():
+                write_bytes(folder / f"{stem}.png", example(image[0].numpy(), heat, None, False))
+    return found
 
 
 class EmbedSettings(Section):
@@ -286,12 +343,17 @@ def terminal_table(result: dict[str, Any]) -> Any:
     from rich.table import Table
 
     labels = list(result["predictions"][0]["scores"])
-    table = Table(title=f"{result['kind']}: {result['score']} (* at or above the threshold)")
+    words = "* at or above the threshold"
+    if "agreement" in result["predictions"][0]:
+        words += "; in brackets: rank correlation of the heat maps of the models"
+    table = Table(title=f"{result['kind']}: {result['score']} ({words})")
     table.add_column("file")
     for label in labels:
         table.add_column(label, justify="right")
     for row in result["predictions"]:
         cells = [f"{row['scores'][label]:.3f}{'*' if row['above_threshold'][label] else ' '}" for label in labels]
+        if "agreement" in row:
+            cells = [f"{cell} ({row['agreement'][label]['spearman']:.2f})" for cell, label in zip(cells, labels)]
         table.add_row(Path(row["path"]).name, *cells)
     for row in result["rejected"]:
         table.add_row(Path(row["path"]).name, *[f"rejected: {row['reason']}", *[""] * (len(labels) - 1)])

@@ -14,31 +14,48 @@ from pydantic import Field
 from carina.data.batches import with_lungs
 from carina.data.labels import to_targets
 from carina.data.manifest import find_manifest, overlap
-from carina.data.splits import linked_patients, stable_folds
+from carina.data.splits import LEFT_OUT, linked_patients, stable_folds
 from carina.data.store import Selection, select
 from carina.errors import CarinaError
 from carina.evaluate import anomaly, audits
 from carina.evaluate.audits.common import AuditSettings
+from carina.evaluate.external import external, shift_sentences
+from carina.evaluate.numbers import (
+    Scored,
+    averages,
+    calibration_bins,
+    decision_curves,
+    listed,
+    metric_table,
+    sentence_of_fits,
+    sentences_of_table,
+)
 from carina.evaluate.report import build_report
 from carina.evaluate.report.content import report_content
 from carina.evaluate.report.figures import stack_chart
 from carina.evaluate.scales import scale_table
 from carina.evaluate.studies import Level, Pool, Pooling
+from carina.evaluate.subgroups import confounders, grouped, subgroups, telling, too_coarse, worst
 from carina.files import atomic_path, read_json, write_json, write_table
-from carina.metrics.intervals import interval
-from carina.metrics.ranking import BELOW_CHANCE, false_positive_rate
-from carina.metrics.resampling import replicate
+from carina.metrics.ranking import BELOW_CHANCE
 from carina.models.predictor import Predictor, load_predictor
 from carina.progress import Progress
 from carina.recipes import Section, build
 from carina.training.engine import pick_device
 
-FACTS = ["image_id", "patient_id", "study_id", "split", "view", "sex", "age", "manufacturer"]
+FACTS = ["image_id", "patient_id", "study_id", "split", "view", "sex", "age", "manufacturer", "source"]
 COLUMNS = [
     "image_id", "patient_id", "study_id", "split", "fold", "seed", "view", "sex", "age", "manufacturer", "label",
     "target", "score",
 ]  # fmt: skip
 MIN_ROWS = 2
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class ConvergenceSettings(Section):
+    pretrained: list[str]
+    scratch: list[str]
+    target: Share | None
 
 
 class EvaluateRecipe(Section):
@@ -51,9 +68,12 @@ class EvaluateRecipe(Section):
     pool: Pool
     out: str | None
     resamples: Annotated[int, Field(ge=100)]
+    prevalence: Share | dict[str, Share] | None
     examples: Annotated[int, Field(ge=0, le=200)]
+    pixels: bool
     controls: bool
     audits: list[str]
+    convergence: ConvergenceSettings
     seed: int
 
 
@@ -118,7 +138,10 @@ def _score_run(
 def predictions_frame(
     predictor: Predictor, selection: Selection, scores: np.ndarray, level: Level = "image", pool: Pool = "max"
 ) -> pd.DataFrame:
-    """The long table: one row per image (or study, or patient) and label; targets NaN where unknown or uncertain."""
+    """The long table: one row per image (or study, or patient) and label; targets NaN where unknown or uncertain.
+
+    Columns are those of predictions.parquet, and the source.
+    """
     pooling = Pooling(selection.table, level, pool)
     targets, scores = pooling.targets(to_targets(selection.targets(predictor.labels))), pooling.scores(scores)
     facts = pooling.table(selection.table, FACTS)
@@ -128,48 +151,95 @@ def predictions_frame(
         facts.assign(label=label, target=targets[:, column], score=scores[:, column])
         for column, label in enumerate(predictor.labels)
     ]
-    return pd.concat(frames, ignore_index=True)[COLUMNS]
+    return pd.concat(frames, ignore_index=True)[[*COLUMNS, "source"]]
 
 
-def _wide(frame: pd.DataFrame, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    first = frame[frame["label"] == labels[0]]
-    targets = np.stack([frame.loc[frame["label"] == label, "target"].to_numpy() for label in labels], axis=1)
-    scores = np.stack([frame.loc[frame["label"] == label, "score"].to_numpy() for label in labels], axis=1)
-    return targets, scores, first["patient_id"].to_numpy()
+def scored_units(frames: Sequence[pd.DataFrame], done: Sequence[tuple], recipe: EvaluateRecipe) -> Scored:
+    """The arrays behind the figures. frames: `predictions_frame` of every fit; done: (predictor, rows, scores, overlap)."""
+    predictors = [entry[0] for entry in done]
+    labels, info = predictors[0].labels, predictors[0].info
+
+    def wide(column: str) -> np.ndarray:
+        parts = [[frame.loc[frame["label"] == label, column].to_numpy(float) for label in labels] for frame in frames]
+        return np.concatenate([np.stack(part, axis=1) for part in parts])
+
+    facts = pd.concat([frame[frame["label"] == labels[0]] for frame in frames], ignore_index=True)
+    fits = np.repeat(np.arange(len(frames)), [len(frame) // len(labels) for frame in frames])
+    scores, thresholds = wide("score"), [one.info.get("thresholds") for one in predictors]
+    called = None
+    # thresholds were set on images; the greatest of several scores exceeds them more often
+    if recipe.level == "image" and all(thresholds):
+        called = scores >= np.array([[found[label] for label in labels] for found in thresholds])[fits]
+    known = info.get("data", {}).get("labels")
+    return Scored(
+        labels=labels,
+        targets=wide("target"),
+        scores=scores,
+        called=called,
+        thresholds=thresholds[0] if called is not None and len(frames) == 1 else None,
+        patients=facts["patient_id"].to_numpy(),
+        facts=facts,
+        fits=fits,
+        probabilities=info["score"] == "probability",
+        train_counts=known,
+        resamples=recipe.resamples,
+        seed=recipe.seed,
+    )
 
 
-def metric_table(frame: pd.DataFrame, labels: Sequence[str], thresholds: dict[str, float] | None, recipe) -> list[dict]:
-    """A row a label, and the macro mean first when there are several: AUROC and average precision with intervals."""
-    targets, scores, patients = _wide(frame, labels)
-    found = {
-        name: replicate(targets, scores[None], patients, name, recipe.resamples, recipe.seed)
-        for name in ("auroc", "average_precision")
+def data_flow(scored: Scored, done: Sequence[tuple], recipe: EvaluateRecipe) -> list[dict[str, Any]]:
+    """How the scored rows were chosen, step by step: images and patients left after each."""
+    stores = done[0][1].stores
+    tables = pd.concat([store.table[["image_id", "patient_id", "split"]] for store in stores])
+    copies = int((tables["split"] == LEFT_OUT).sum())
+    steps = [("rows of the store", tables, f"{copies} of them left out as copies" if copies else "")]
+    if recipe.where:
+        steps.append((f"where {recipe.where}", select(recipe.store, where=recipe.where).table, ""))
+    rows = pd.concat([selection.table for _, selection, _, _ in done])
+    steps.append((f"split {recipe.split}", rows, f"{len(done)} fits" if len(done) > 1 else ""))
+    units = {"image": "", "study": "studies", "patient": "patients, each one unit"}[recipe.level]
+    flow = [
+        {"step": step, "images": len(table), "patients": int(table["patient_id"].nunique()), "note": note}
+        for step, table, note in steps
+    ]
+    for label, target, counts in zip(scored.labels, scored.targets.T, scored.auroc.counts):
+        known = int((~np.isnan(target)).sum())
+        note = f"{int(counts[0])} positive" + (f" of {known} {units}" if units else "")
+        flow.append({"step": f"known {label}", "images": known, "patients": int(counts[5]), "note": note})
+    scored_note = f"{len(scored.targets)} {units}" if units else ""
+    flow.append({"step": "scored", "images": len(rows), "patients": flow[-1 - len(scored.labels)]["patients"],
+                 "note": scored_note})  # fmt: skip
+    return flow
+
+
+def figures(scored: Scored, done: Sequence[tuple], seen: dict[str, Any], recipe: EvaluateRecipe) -> dict[str, Any]:
+    """The part of metrics.json that says how good the scores are, for whom, and what a reader must know."""
+    predictor, selection = done[0][0], done[0][1]
+    table = metric_table(scored, recipe.prevalence)
+    variables, missing = grouped(scored)
+    mixed, served = confounders(scored, variables), worst(scored, variables)
+    poolings = [Pooling(rows.table, recipe.level, recipe.pool) for _, rows, _, _ in done]
+    people = [linked_patients(rows.table)[pooling.first] for pooling, (_, rows, _, _) in zip(poolings, done)]
+    beyond = external(scored, selection, np.concatenate(people), predictor.info, seen)
+    words = sentences_of_table(table, scored.probabilities)
+    if len(done) > 1:
+        words.append(sentence_of_fits(scored))
+    words += telling(mixed, "difference") + telling(served, "gap") + too_coarse(mixed + served, recipe.resamples)
+    words += shift_sentences(beyond["shift"])
+    if missing:
+        words.append(f"Not recorded for any image, so no subgroups by it: {listed(missing)}.")
+    return {
+        "table": table,
+        "averages": averages(scored),
+        "decision_curves": decision_curves(scored),
+        "calibration_bins": calibration_bins(scored),
+        "subgroups": subgroups(scored, variables),
+        "confounders": mixed,
+        "worst": served,
+        "external": beyond,
+        "flow": data_flow(scored, done, recipe),
+        "sentences": words,
     }
-
-    def row(label: str, column: int | None) -> dict[str, Any]:
-        auroc, ap = (interval(found[name], column).to_dict() for name in ("auroc", "average_precision"))
-        part = targets if column is None else targets[:, [column]]
-        entry = {
-            "label": label,
-            "n": int((~np.isnan(part)).any(axis=1).sum()),
-            "positives": int((part == 1).sum()),
-            "unknown": int(np.isnan(part).sum()),
-            "auroc": auroc,
-            "ap": ap,
-            "note": "" if auroc["estimable"] else auroc["reason"],
-        }
-        if column is not None and thresholds:
-            known = ~np.isnan(part[:, 0])
-            above, sick = scores[known, column] >= thresholds[label], part[known, 0] == 1
-            entry["threshold"] = thresholds[label]
-            entry["sensitivity"] = float(above[sick].mean()) if sick.any() else None
-            entry["specificity"] = float((~above[~sick]).mean()) if (~sick).any() else None
-        if column is not None:
-            entry["fpr95"] = anomaly.number(false_positive_rate(part[:, 0], scores[:, column]))
-        return entry
-
-    rows = [row(label, column) for column, label in enumerate(labels)]
-    return ([row("macro", None)] if len(labels) > 1 else []) + rows
 
 
 def overlap_sentence(found: dict[str, Any]) -> str:
@@ -229,16 +299,14 @@ def evaluate(runs: str, overrides: Any = (), *, quiet: bool = False) -> dict[str
     predictor, selection = done[0][0], done[0][1]
     labels = predictor.labels
     _same_protocol([entry[0] for entry in done])
-    framed = (recipe.level, recipe.pool)
-    frame = pd.concat([predictions_frame(p, s, scores, *framed) for p, s, scores, _ in done], ignore_index=True)
+    frames = [predictions_frame(p, s, scores, recipe.level, recipe.pool) for p, s, scores, _ in done]
+    frame = pd.concat(frames, ignore_index=True)
     if frame.duplicated(["image_id", "label"]).any():
         raise CarinaError("two of these runs scored the same images; give each fold once")
     if frame["image_id"].nunique() < MIN_ROWS:
         raise CarinaError(f"{frame['image_id'].nunique()} image is too few to evaluate; widen split= or where=")
-    # thresholds were set on images; the greatest of several scores exceeds them more often
-    thresholds = predictor.info["thresholds"] if len(done) == 1 and recipe.level == "image" else None
-    table = metric_table(frame, labels, thresholds, recipe)
     seen = done[0][3] if len(done) == 1 else pooled_overlap([entry[3] for entry in done])
+    found = figures(scored_units(frames, done, recipe), done, seen, recipe)
     sentence = overlap_sentence(seen)
     if predictor.info["transductive"]:
         sentence += " Transductive: pretraining read rows outside the training split."
@@ -267,17 +335,17 @@ def evaluate(runs: str, overrides: Any = (), *, quiet: bool = False) -> dict[str
         "store_hashes": selection.hashes,
         "labels_hashes": selection.labels_hashes,
         "resamples": recipe.resamples,
-        "table": table,
+        **found,
         "scales": scale_table(done, parts, recipe) if len(predictor.members) > 1 else None,
         "audits": _audited(predictor, selection, recipe, folders, quiet),
-        **(_beyond(done, table, recipe, quiet) if predictor.info["kind"] == "anomaly" else {}),
+        **(_beyond(done, found["table"], recipe, quiet) if predictor.info["kind"] == "anomaly" else {}),
     }
-    write_table(out / "predictions.parquet", frame.assign(age=frame["age"].astype(np.float32)))
+    write_table(out / "predictions.parquet", frame[COLUMNS].assign(age=frame["age"].astype(np.float32)))
     write_json(out / "metrics.json", result)
     if result["scales"]:
         with atomic_path(out / "scales.png") as temporary:
             temporary.write_bytes(stack_chart(result["scales"], bool(synthetic), "png"))
-    build_report(out, report_content(result, frame, done, folders[0], recipe.examples))
+    build_report(out, report_content(result, frame, done, folders[0], recipe.examples, recipe.pixels))
     return {**result, "out": str(out), "report": str(out / "report.html")}
 
 
@@ -313,7 +381,8 @@ def _audited(
 ) -> list[dict[str, Any]]:
     if recipe.audits and len(folders) > 1:
         raise CarinaError("audits are of one predictor; evaluate the folds one by one to audit them")
-    settings = AuditSettings(resamples=recipe.resamples, seed=recipe.seed, run=folders[0])
+    runs = recipe.convergence.model_dump()
+    settings = AuditSettings(resamples=recipe.resamples, seed=recipe.seed, run=folders[0], **runs)
     return audits.run(recipe.audits, predictor, selection, recipe.store, settings, quiet)
 
 
@@ -339,74 +408,3 @@ def _same_protocol(predictors: list[Predictor]) -> None:
         ]
         if changed:
             raise CarinaError(f"these runs are not folds of one: {', '.join(changed)} differ")
-
-
-def terminal_table(result: dict[str, Any]) -> Any:
-    """The metric table for a terminal; for anomaly detection with control rows and, where lesions are marked,
-    localization."""
-    from rich.console import Group
-    from rich.table import Table
-
-    detects = result["kind"] == "anomaly"
-    title = f"{result['kind']} {result['mode']}, split {result['split']}, {result['patients']} patients"
-    title += f", level {result['level']} ({result['pool']})" if result["pool"] else ""
-    title += f", {result['scorer']}, {result['region']}" if detects else ""
-    table = Table(title=title + (" (synthetic)" if result["synthetic"] else ""), caption=result["overlap_sentence"])
-    names = ["label", "AUROC", "95 % interval", "average precision"]
-    names += ["FPR at 95 % TPR"] * detects + ["positives"] + ["pretext saw", "labels used"] * detects + ["note"]
-    for name in names:
-        table.add_column(name)
-    for row in result["table"]:
-        cells = [row["label"], *_figures(row["auroc"]), _three(row["ap"]["value"])]
-        cells += [_three(row.get("fpr95"))] * detects + [f"{row['positives']} of {row['n']}"]
-        cells += [result["pretext_saw"], result["labels_used"]] * detects
-        table.add_row(*cells, row["note"])
-    shown = [table]
-    if result.get("scales"):
-        shown.append(_scales_table(result["scales"]))
-    if result.get("controls"):
-        shown.append(Table(title="control rows", caption="pretext saw: nothing; labels used: the normal flag"))
-        for name in ("control", "method", "AUROC", "95 % interval", "average precision", "FPR at 95 % TPR"):
-            shown[-1].add_column(name)
-        for row in result["controls"]:
-            figures = [row["missing"]]
-            if not row["missing"]:
-                figures = [*_figures(row["auroc"]), _three(row["ap"]["value"]), _three(row["fpr95"])]
-            shown[-1].add_row(row["control"], row["method"], *figures)
-    if result.get("localization"):
-        found = result["localization"]
-        shown.append(Table(title="localization", caption=anomaly.localization_words(found)))
-        for name in ("", "value", "95 % interval", "chance", "what it is"):
-            shown[-1].add_column(name)
-        for row in anomaly.localization_rows(found):
-            shown[-1].add_row(row["name"], *_figures(row["found"]), _three(row["chance"]), row["words"])
-    return Group(*shown, *result.get("words", []))
-
-
-def _scales_table(found: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    table = Table(
-        title="scales", caption=f"weights from {found['from']}; the best scale of these images flatters itself"
-    )
-    for name in ("label", "scale", "weight", "AUROC", "95 % interval", "stack minus scale", "95 % interval", "best"):
-        table.add_column(name)
-    for label in dict.fromkeys(row["label"] for row in found["rows"]):
-        best = found["best"].get(label, {})
-        for row in (row for row in found["rows"] if row["label"] == label):
-            words = [
-                word for word, key in (("here", "scale"), ("in training", "chosen")) if best.get(key) == row["scale"]
-            ]
-            cells = [label, str(row["scale"]), _three(row["weight"]), *_figures(row["auroc"])]
-            table.add_row(*cells, *_figures(row["stack_minus"]), " and ".join(words))
-    return table
-
-
-def _figures(found: dict[str, Any]) -> tuple[str, str]:
-    """A figure and its interval, as cells."""
-    none = found["value"] is None or found["low"] is None
-    return _three(found["value"]), "-" if none else f"{found['low']:.3f} to {found['high']:.3f}"
-
-
-def _three(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

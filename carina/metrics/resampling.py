@@ -7,10 +7,11 @@ a difference between them paired.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from carina.draws import hash64, permutation
 from carina.errors import CarinaError
@@ -132,6 +133,50 @@ def replicate(
         num_patients=count,
         seed=seed,
     )
+
+
+def replicate_sums(
+    columns: np.ndarray,
+    measures: Callable[[np.ndarray], dict[str, np.ndarray]],
+    target: np.ndarray,
+    patients: np.ndarray,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Replicates]:
+    """Measure figures that are made of sums over images, such as shares and means, on the resamples of `replicate`.
+
+    columns: (n, L, c), what is summed; 0 where a target is unknown. measures: sums (c, L, R) -> name: (L, R). target:
+    (n, L) of 0, 1 or NaN, which only the counts are taken from. patients: (n,). Images are summed by patient first, so a
+    resample costs one product whatever the number of images.
+    """
+    columns = np.asarray(columns, dtype=np.float64)
+    if columns.ndim != 3 or columns.shape[:2] != np.shape(target) or len(patients) != len(columns):
+        raise CarinaError(
+            f"columns {columns.shape}, targets {np.shape(target)} and patients ({len(patients)},) do not describe the same "
+            "images and labels; give (images, labels, sums), (images, labels) and (images,)"
+        )
+    codes = patient_codes(patients)
+    images, labels, width = columns.shape
+    count = int(codes.max()) + 1
+    by_patient = csr_matrix((np.ones(images), (codes, np.arange(images))), shape=(count, images))
+    sums = (by_patient @ columns.reshape(images, labels * width)).T
+
+    def measured(multiplicities: np.ndarray) -> dict[str, np.ndarray]:
+        found = measures((sums @ multiplicities).reshape(labels, width, -1).swapaxes(0, 1))
+        return {name: values.T[:, None] for name, values in found.items()}
+
+    parts = {
+        "point": [measured(np.ones((count, 1)))],
+        "boot": [measured(m) for m in patient_resamples(codes, resamples, seed)],
+        "jackknife": [measured(m) for m in _left_out(count)],
+    }
+    counts = np.array([class_counts(column, codes) for column in np.asarray(target, dtype=np.float64).T])
+    result = {}
+    for name in parts["point"][0]:
+        joined = {part: np.concatenate([one[name] for one in found]) for part, found in parts.items()}
+        joined["point"] = joined["point"][0]
+        result[name] = Replicates(**joined, counts=counts, num_patients=count, seed=seed)
+    return result
 
 
 def _run_weights(num_runs: int, resamples: int, seed: int) -> np.ndarray:

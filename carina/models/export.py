@@ -126,7 +126,9 @@ def write_onnx(path: Path, graph: BackboneGraph | PredictorGraph, facts: dict[st
     except ImportError as error:
         raise CarinaError(f"{error.name} is not installed; pip install 'carina-cxr[export]'") from None
     if any(member.scorer is not None and member.scorer.memory for member in getattr(graph, "members", ())):
-        raise CarinaError("a scorer that remembers features of patients is not put into a graph")
+        raise CarinaError(
+            "a scorer that remembers features of patients is not put into a graph; its scores come from carina"
+        )
     graph = graph.cpu().eval()
     refused = ""
     for dynamo in (

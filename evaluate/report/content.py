@@ -1,7 +1,9 @@
-"""What the report of one evaluation says, from its figures."""
+"""What the report of one evaluation says, from its figures, its rows and its run."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,122 +12,119 @@ import torch
 
 from carina.data.batches import unit_tensor
 from carina.data.labels import to_targets
+from carina.data.provenance import corpus_facts
 from carina.data.store import Selection
 from carina.evaluate import anomaly
 from carina.evaluate.explain import heat_maps
+from carina.models.hub.clauses import origins_of
 from carina.models.predictor import Predictor
 from carina.runs import Run, environment
 
+PLACES = ("store", "out", "backbone", "cache", "wandb")  # keys of a recipe that name places or accounts
+IDENTIFIERS = re.compile(r"\b(image|patient|study)_id\b")
+KINDS = ["missed", "false alarm", "found", "rightly left"]
+HIDDEN = "a condition on identifiers (not shown)"
 
-def report_content(result: dict[str, Any], frame: pd.DataFrame, done: list[tuple], folder: str, examples: int) -> dict:
+
+def report_content(
+    result: dict[str, Any], frame: pd.DataFrame, done: list[tuple], folder: str, examples: int, pixels: bool = False
+) -> dict[str, Any]:
     """What `build_report` is given for an evaluation.
 
-    done: (predictor, rows, scores, overlap) of every run. folder: of the first. examples: pictures to show.
+    done: (predictor, rows, scores, overlap) of every run. folder: of the first. examples: pictures to show, of real
+    radiographs only where `pixels` allows them.
     """
     predictor, selection, scores, _ = done[0]
     run = Run(folder)
     has_run = (run.folder / "recipe.yaml").is_file()
-    unknown = int(frame["target"].isna().sum())
-    word = "synthetic " if result["synthetic"] else ""
-    best = result["table"][0]
-    units = {"image": "images", "study": "studies", "patient": "patients"}[result["level"]]
-    pooled = f", the {result['pool']} of their images' scores" if result["pool"] else ""
-    what = "the mean over labels" if best["label"] == "macro" else best["label"]
-    headline = (
-        "Nothing can be estimated: " + best["note"]
-        if best["auroc"]["value"] is None
-        else (
-            f"AUROC {best['auroc']['value']:.3f} ({best['auroc']['low']:.3f} to {best['auroc']['high']:.3f}) for "
-            f"{what} on {result['units']} {word}{units} of {result['patients']} patients{pooled}."
-        )
-    )
-    warnings = []
-    if result["synthetic"]:
-        warnings.append("These radiographs are synthetic: the figures say that the software runs, nothing of patients.")
-    if any(stage["patients"] for stage in result["overlap"]["stages"].values()) or result["overlap"]["doubts"]:
-        warnings.append(result["overlap_sentence"])
-    warnings += result.get("words", [])
-    flow = [
-        {
-            "what": "scored",
-            "images": result["images"],
-            "patients": result["patients"],
-            "note": f"split {result['split']}",
-        }
-    ]
-    flow += [
-        {
-            "what": f"known {label}",
-            "images": int(frame.loc[frame["label"] == label, "target"].notna().sum()),
-            "patients": int(frame[(frame["label"] == label) & frame["target"].notna()]["patient_id"].nunique()),
-            "note": "",
-        }
-        for label in result["labels"]
-    ]
+    shown = examples if pixels or result["synthetic"] else 0
+    tested = Selection(selection.stores, pd.concat([rows.table for _, rows, _, _ in done], ignore_index=True))
+    facts, member = corpus_facts(tested), predictor.members[0]
+    spec, info = member.backbone.spec, predictor.info
+    machine = run.environment() if has_run else environment()
+    people = [(name, data) for name, data in (("Training", info.get("data")), ("Test", facts)) if data]
+    if earlier := info.get("pretraining"):
+        people.insert(0, ("Pretraining", earlier["data"]))
+    sizes = ", ".join(f"{m.backbone.spec.size} px from scale {m.scale}" for m in predictor.members)
+    head = member.head.facts()["name"] + " head" if member.head is not None else member.scorer.settings.name + " scorer"
+    kind = "Anomaly detection" if result["kind"] == "anomaly" else "Classification"
+    flow = [{**step, "step": _hidden(step["step"])} for step in result.get("flow") or []]
     return {
-        "title": f"{'Anomaly detection' if result['kind'] == 'anomaly' else 'Classification'}, {result['mode']}: "
-        f"{predictor.members[0].backbone.spec.name}, split {result['split']}",
-        "kind": result["kind"],
-        "score": result["score"],
-        "synthetic": result["synthetic"],
-        "summary": [headline, f"Backbone: {result['backbone']}.", result["overlap_sentence"]],
-        "warnings": warnings,
-        "metrics": result["table"],
-        "units": units,
-        "scales": result["scales"],
-        "controls": result.get("controls", []),
-        "localization": anomaly.localization_rows(result["localization"]) if result.get("localization") else [],
-        "localization_words": anomaly.localization_words(result["localization"]) if result.get("localization") else "",
+        "title": f"{kind}, {result['mode']}: {spec.name}, split {result['split']}",
+        "result": {**result, "where": _hidden(result["where"]), "flow": flow},
         "predictions": frame,
-        "examples": _examples(predictor, selection, scores, examples),
-        "data_flow": flow,
-        "labels_used": f"Pretext saw: {result['pretext_saw']}. Labels used: {result['labels_used']}. {unknown} unknown or "
-        f"uncertain values left out. Thresholds from {result['thresholds_from']}.",
-        "audits": [{"name": found["name"], "sentence": found["sentence"]} for found in result["audits"]],
-        "overlap": {
-            "sentence": result["overlap_sentence"],
-            "counts": {stage: seen["patients"] for stage, seen in result["overlap"]["stages"].items()},
-        }
-        if result["overlap"]["known"]
-        else None,
-        "recipe": _without_places(run.recipe()) if has_run else {},
-        "environment": run.environment() if has_run else environment(),
-        "how_to_cite": "carina (CITATION.cff), and the sources of the data and of the backbone.",
+        "examples": pictures(predictor, selection, scores, shown),
+        "switched_off": bool(examples and not shown),
+        "people": people,
+        "sources": {**origins_of(info), **facts["origins"]},
+        "backbone": {"name": spec.name, "origin": spec.origin, "license": spec.license},
+        "model": f"{spec.name}, {spec.channels} input channel(s), {sizes}; {head}",
+        "input": f"one channel in [0, 1], dense tissue bright, then (x - {_values(spec.mean)}) / {_values(spec.std)}",
+        "preparation": {**selection.photometry, **selection.geometry},
+        "versions": {"carina": machine.get("carina"), **machine.get("packages", {})},
+        "recipe": _shown(run.recipe()) if has_run else {},
+        "environment": machine,
     }
 
 
-def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in recipe.items() if key not in ("store", "out", "backbone")}
+def _values(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in dict.fromkeys(values))
 
 
-def _examples(predictor: Predictor, selection: Selection, scores: np.ndarray, count: int) -> list[dict[str, Any]]:
-    """The most and least certain of right and wrong, dealt over the labels, with heat maps."""
+def _shown(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without places, and without conditions that name persons."""
+    return {key: _hidden(value) for key, value in recipe.items() if key not in PLACES}
+
+
+def _hidden(value: Any) -> Any:
+    return HIDDEN if isinstance(value, str) and IDENTIFIERS.search(value) else value
+
+
+def pictures(predictor: Predictor, selection: Selection, scores: np.ndarray, most: int) -> list[dict[str, Any]]:
+    """At most `most` examples, the most certain of right and wrong, dealt over labels and kinds, with heat maps."""
+    if not most:
+        return []
     targets = to_targets(selection.targets(predictor.labels))
-    chosen: list[tuple[int, int, str]] = []
-    each = -(-count // (4 * len(predictor.labels)))
-    for column, label in enumerate(predictor.labels):
-        above = scores[:, column] >= predictor.info["thresholds"][label]
-        order = np.argsort(-scores[:, column], kind="stable")
-        kinds = (
-            ("found", order, above & (targets[:, column] == 1)),
-            ("missed", order[::-1], ~above & (targets[:, column] == 1)),
-            ("false alarm", order, above & (targets[:, column] == 0)),
-            ("rightly left", order[::-1], ~above & (targets[:, column] == 0)),
-        )
-        for kind, ranked, which in kinds:
-            chosen += [(int(row), column, kind) for row in ranked if which[row]][:each]
-    span = anomaly.display_span(predictor, selection) if chosen and count else None
-    rows = []
-    for row, column, kind in chosen[:count]:
-        member = predictor.leading(column).cpu()
+    found = [
+        (rank, int(row), column, kind, right)
+        for column, label in enumerate(predictor.labels)
+        for kind, right, rows in _kinds(targets[:, column], scores[:, column], predictor.info["thresholds"][label])
+        for rank, row in enumerate(rows[:most])
+    ]
+    chosen = _dealt(sorted(found, key=lambda one: one[0]), most)
+    span = anomaly.display_span(predictor, selection) if chosen else None
+    made = []
+    for _, row, column, kind, right in chosen:
+        member, label = predictor.leading(column).cpu(), predictor.labels[column].replace("_", " ")
         pixels = unit_tensor(torch.from_numpy(selection.images([row], member.scale)))
         lungs = torch.from_numpy(selection.masks([row], member.scale))[:, None]
-        rows.append(
-            {
-                "image": pixels[0, 0].numpy(),
-                "heat": heat_maps(member, pixels, column, lungs, span)[0],
-                "lungs": lungs[0, 0].numpy() if lungs.any() else None,
-                "caption": f"{predictor.labels[column]}: {kind}, score {scores[row, column]:.2f}",
-            }
-        )
-    return rows
+        heat, mask = heat_maps(member, pixels, column, lungs, span)[0], lungs[0, 0].numpy()
+        threshold = predictor.info["thresholds"][predictor.labels[column]]
+        caption = f"{label}: {kind}, score {scores[row, column]:.3g} (threshold {threshold:.3g})"
+        if mask.any() and heat.sum() > 0:
+            caption += (
+                f"; {heat[mask].sum() / heat.sum():.0%} of the heat lies in the lungs, {mask.mean():.0%} of the image"
+            )
+        image = {"image": pixels[0, 0].numpy(), "heat": heat, "lungs": mask if mask.any() else None}
+        made.append({**image, "right": right, "caption": caption + "."})
+    return made
+
+
+def _kinds(target: np.ndarray, score: np.ndarray, threshold: float) -> list[tuple[str, bool, np.ndarray]]:
+    """(kind, right, rows from the most certain on) of one label."""
+    above, down = score >= threshold, np.argsort(-score, kind="stable")
+    return [
+        ("missed", False, down[::-1][(~above & (target == 1))[down[::-1]]]),
+        ("false alarm", False, down[(above & (target == 0))[down]]),
+        ("found", True, down[(above & (target == 1))[down]]),
+        ("rightly left", True, down[::-1][(~above & (target == 0))[down[::-1]]]),
+    ]
+
+
+def _dealt(found: list[tuple], most: int) -> list[tuple]:
+    """The first `most`, as evenly over the four kinds as there are, in their order."""
+    hands = {kind: [one for one in found if one[3] == kind] for kind in KINDS}
+    dealt: list[tuple] = []
+    while len(dealt) < most and any(hands.values()):
+        dealt += [hand.pop(0) for hand in hands.values() if hand][: most - len(dealt)]
+    return sorted(dealt, key=lambda one: KINDS.index(one[3]))

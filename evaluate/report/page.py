@@ -1,100 +1,180 @@
-"""Build `report.html`: headline figures first, then the curves, then everything needed to check them."""
+"""Build the report of an evaluation: one HTML file, the same as Markdown, tables for LaTeX, and all numbers as CSV."""
 
 from __future__ import annotations
 
-import base64
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
+from itertools import count as counter
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-import pandas as pd
-import yaml
 
-from carina.evaluate.compare import split_runs
-from carina.evaluate.report import figures
-from carina.files import write_text
+from carina.evaluate.report import checklists, evidence, figures, groups, performance, plain, provenance
+from carina.evaluate.report.document import Drawn, cell_figure, cell_text, count, label_name, slug, span, three, told
+from carina.files import atomic_folder, write_text
 
-KEYS = {
-    "title": "",
-    "kind": "classify",
-    "score": None,
-    "synthetic": False,
-    "summary": (),
-    "data_flow": (),
-    "metrics": (),
-    "units": "images",
-    "scales": None,
-    "controls": (),
-    "localization": (),
-    "localization_words": "",
-    "predictions": None,
+SECTIONS = (
+    provenance.flow,
+    performance.discrimination,
+    performance.curves,
+    performance.thresholds,
+    performance.calibration,
+    performance.decisions,
+    groups.subgroups,
+    groups.external,
+    performance.scales,
+    evidence.controls,
+    evidence.localization,
+    evidence.audits,
+    evidence.pictures,
+    provenance.seen,
+    provenance.recipe,
+    provenance.environment,
+    provenance.cite,
+    checklists.section,
+)
+DEFAULTS: dict[str, Any] = {
     "examples": (),
-    "audits": (),
-    "overlap": None,
-    "labels_used": "",
+    "switched_off": False,
+    "people": (),
+    "sources": {},
+    "backbone": {},
+    "model": "",
+    "input": "",
+    "preparation": {},
+    "versions": {},
     "recipe": {},
     "environment": {},
-    "warnings": (),
-    "how_to_cite": (),
 }
+RESULT: dict[str, Any] = {
+    "kind": "classify",
+    "mode": "unknown",
+    "backbone": "unknown",
+    "split": "unknown",
+    "where": None,
+    "level": "image",
+    "pool": None,
+    "synthetic": False,
+    "labels_used": "not recorded",
+    "pretext_saw": "unknown",
+    "thresholds_from": "unknown",
+    "overlap": None,
+    "overlap_sentence": "What the backbone was trained on is unknown, so it may have seen these patients.",
+    "resamples": 0,
+    "table": (),
+}
+UNITS = {"image": "images", "study": "studies", "patient": "patients"}
 _PATH = re.compile(r"(?<![\w:/.\-])(?:~?/|[A-Za-z]:\\)(?:[^\s'\",;/\\]+[/\\])+(?=[^\s'\",;/\\]|\b|$)")
 
 
 def build_report(out: Path, content: dict[str, Any]) -> Path:
-    """Write `out`/report.html, one file without scripts or network, and return its path.
+    """Write report.html (without scripts or network), report.md, tables/ and figures/ into `out`; the path of the first.
 
-    content, of which `title` and `predictions` are needed:
-      title           str
-      kind            "classify" or "anomaly"
-      score           "probability" or "distance"; default: probability for classify. Only probabilities are calibrated
-      synthetic       True marks the page and every figure with the word *synthetic*
-      summary         sentences for the top of the page
-      warnings        sentences that a reader must see before the figures
-      metrics         rows {label, n, positives, auroc, ap, note}; auroc and ap as `Interval.to_dict()` gives them (or
-                      None); a row labelled "macro" is the mean over labels and comes first. Of anomaly detection also
-                      fpr95, the false-positive rate where 95 % of the abnormal images are found
-      units           what has one score and one target: images (default), studies or patients
-      scales          `scales` of metrics.json, of a stack of several scales
-      controls        rows {control, method, auroc, ap, fpr95, missing}: methods that know nothing of lungs or lesions
-      localization    rows {name, found, chance, words}, found as auroc above; localization_words: a sentence on them
-      predictions     frame, one row per image and label: image_id, patient_id, seed, label, target, score
-      examples        rows {image (H, W) in [0, 1], heat (H, W) in [0, 1] or None, lungs (H, W) mask or None, caption}
-      data_flow       rows {what, images, patients or None, note}, in the order in which rows were chosen
-      labels_used     a sentence: none, the normal flag, n patients, validation
-      audits          rows {name, sentence}: what else may explain the figures
-      overlap         {sentence, counts: {what: number}} on test patients that the backbone has seen; None is unknown,
-                      and is said to be unknown
-      recipe          the resolved recipe          environment     versions and devices, nested or not
-      how_to_cite     a text or a list of them
+    content, of which `title`, `result` and `predictions` are needed:
+      title         str
+      result        what metrics.json says; keys that an older one lacks may be absent, sections without figures are left out
+      predictions   frame, one row per image and label: image_id, patient_id, seed, label, target, score
+      examples      rows {image (H, W) in [0, 1], heat (H, W) in [0, 1] or None, lungs (H, W) mask or None, right, caption}
+      switched_off  True says how pictures are switched on
+      people        (name, facts) of each set of images, as `corpus_facts` gives them
+      sources       origins of the images by name: title, lineage, terms
+      backbone      {name, origin, license}      model, input     sentences on network and normalization
+      preparation   photometry and geometry       versions         of packages
+      recipe        the resolved recipe           environment      versions and devices, nested or not
 
-    Identifiers of patients and images appear only where a caption holds them. Of absolute file paths in any text only
-    the last name is kept, so a page can be passed on.
+    Identifiers of patients and images appear nowhere. Of absolute file paths in any text only the last name is kept, so a
+    report can be passed on.
     """
-    unknown = set(content) - set(KEYS)
-    assert not unknown, f"build_report does not know {sorted(unknown)}; it takes {', '.join(KEYS)}"
-    page = KEYS | {key: _printable(value) for key, value in content.items() if key not in ("predictions", "examples")}
-    synthetic, frame = bool(page["synthetic"]), content["predictions"]
-    probability = (page["score"] or ("probability" if page["kind"] == "classify" else "distance")) == "probability"
-    rows = sorted(page["metrics"], key=lambda row: row["label"] != "macro")
-    chart = {row["label"]: row for row in rows}
-    labels = [row["label"] for row in rows if row["label"] != "macro"]
-    labels += [label for label in pd.unique(frame["label"]) if label not in chart]
-    cite = page["how_to_cite"]
-    page |= {
-        "metrics": rows,
-        "scales": _scales(page["scales"], synthetic),
-        "num_images": frame["image_id"].nunique(),
-        "num_patients": frame["patient_id"].nunique(),
-        "num_runs": len(split_runs(frame)),
-        "figure_groups": _figure_groups(frame, labels, chart, probability, synthetic),
-        "examples": [_example(row, synthetic) for row in content.get("examples", ())],
-        "recipe_text": yaml.safe_dump(page["recipe"], sort_keys=False, allow_unicode=True) if page["recipe"] else "",
-        "environment": list(_flat(page["environment"])),
-        "how_to_cite": [cite] if isinstance(cite, str) else list(cite),
+    c = assembled(content)
+    sections = [section for build in SECTIONS if (section := build(c)) is not None]
+    head = _head(c)
+    out = Path(out)
+    html = (
+        _environment()
+        .get_template("report.html")
+        .render(head=head, sections=sections, synthetic=c["result"]["synthetic"])
+    )
+    write_text(out / "report.html", "\n".join(line for line in html.splitlines() if line.strip()) + "\n")
+    write_text(out / "report.md", plain.markdown(head, sections))
+    with atomic_folder(out / "tables") as folder:
+        plain.write_tables(folder, sections, c["result"]["synthetic"])
+    with atomic_folder(out / "figures") as folder:
+        plain.write_points(folder, sections)
+    return out / "report.html"
+
+
+def assembled(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with defaults, plain Python values and no paths."""
+    unknown = set(content) - set(DEFAULTS) - {"title", "result", "predictions"}
+    assert not unknown, (
+        f"build_report does not know {sorted(unknown)}; it takes title, result, predictions, {', '.join(DEFAULTS)}"
+    )
+    c = DEFAULTS | {k: v if k in ("predictions", "examples") else _printable(v) for k, v in content.items()}
+    c["examples"] = [{**row, "caption": _printable(row["caption"])} for row in c["examples"]]
+    units, patients, runs = performance.frame_facts(c["predictions"])
+    result = RESULT | {"images": units, "units": units, "patients": patients} | c["result"]
+    result.setdefault("labels", list(dict.fromkeys(c["predictions"]["label"])))
+    result.setdefault("score", "probability" if result["kind"] == "classify" else "distance")
+    result["table"] = sorted(result["table"], key=lambda row: row["label"] != "macro")
+    return c | {"result": result, "units": UNITS[result["level"]], "runs": runs}
+
+
+def _head(c: Mapping[str, Any]) -> dict[str, Any]:
+    result, synthetic = c["result"], c["result"]["synthetic"]
+    warnings = []
+    if synthetic:
+        warnings.append("These radiographs are synthetic: the figures say that the software runs, nothing of patients.")
+    found = result["overlap"]
+    if found and (any(stage["patients"] for stage in found["stages"].values()) or found["doubts"]):
+        warnings.append(result["overlap_sentence"])
+    warnings += result.get("words") or []
+    said = [sentence for sentence in result.get("sentences") or [] if sentence not in warnings]
+    kind = {"classify": "findings", "anomaly": "anomaly detection"}.get(result["kind"], result["kind"])
+    return {
+        "title": c["title"],
+        "kind": kind,
+        "synthetic": synthetic,
+        "lead": [_headline(c), f"Backbone: {result['backbone']}. {result['overlap_sentence']}"],
+        "said": said,
+        "warnings": warnings,
+        "tiles": _tiles(c),
     }
+
+
+def _headline(c: Mapping[str, Any]) -> str:
+    result = c["result"]
+    if not result["table"]:
+        return "No figures were computed."
+    first = result["table"][0]
+    if first["auroc"]["value"] is None:
+        return f"Nothing can be estimated: {first['note']}"
+    what = "the mean over labels" if first["label"] == "macro" else label_name(first["label"])
+    word = "synthetic " if result["synthetic"] else ""
+    pooled = f", the {result['pool']} of their images' scores" if result["pool"] else ""
+    of = f" of {result['patients']:,} patients" if result["level"] != "patient" else ""
+    return f"AUROC {told(first['auroc'])} for {what} on {result['units']:,} {word}{c['units']}{of}{pooled}."
+
+
+def _tiles(c: Mapping[str, Any]) -> list[dict[str, str]]:
+    result, tiles = c["result"], []
+    if result["table"]:
+        first = result["table"][0]
+        for name, found in (("AUROC", first["auroc"]), ("average precision", first["ap"])):
+            if found and found["value"] is not None:
+                what = f"mean {name}" if first["label"] == "macro" else f"{name}, {label_name(first['label'])}"
+                under = f"95 % interval {span(found)}" if found["estimable"] else "interval not estimable"
+                tiles.append({"name": what, "value": three(found["value"]), "under": under, "figure": True})
+    units, patients, runs = performance.frame_facts(c["predictions"])
+    tiles.append({"name": f"Test {c['units']}", "value": count(units), "under": "", "figure": False})
+    if c["units"] != "patients":
+        under = f"{runs} runs" if runs > 1 else ""
+        tiles.append({"name": "Test patients", "value": count(patients), "under": under, "figure": False})
+    return tiles
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -102,15 +182,36 @@ def build_report(out: Path, content: dict[str, Any]) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"three": _three, "count": _count}
-    path = Path(out) / "report.html"
-    write_text(path, environment.get_template("report.html").render(page))
-    return path
+    environment.filters |= {"three": three, "count": count, "span": span, "distinct": figures.distinct, "slug": slug}
+    environment.globals |= {"cell_figure": cell_figure, "cell_text": cell_text, "whisker": whisker}
+    environment.globals["next_number"] = counter(1).__next__
+    return environment
+
+
+def whisker(column: Any, cell: Any) -> dict[str, Any] | None:
+    """Where a figure, its interval and chance lie between the ends of a column, in hundredths; None without a value."""
+    found = cell_figure(cell)
+    if not found or found.get("value") is None:
+        return None
+    chance = cell.chance if isinstance(cell, Drawn) else column.chance
+
+    def place(value: float | None) -> float | None:
+        return (
+            None if value is None else round(100 * min(max((value - column.low) / (column.high - column.low), 0), 1), 1)
+        )
+
+    return {
+        "value": place(found["value"]),
+        "low": place(found.get("low")),
+        "high": place(found.get("high")),
+        "chance": place(chance),
+        "sure": found.get("estimable", True),
+    }
 
 
 def _printable(value: Any) -> Any:
     """Plain Python values with absolute paths cut down to their last name."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(key): _printable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
         return [_printable(item) for item in value]
@@ -119,94 +220,3 @@ def _printable(value: Any) -> Any:
     if isinstance(value, (str, Path)):
         return _PATH.sub("", str(value))
     return value if value is None or isinstance(value, (bool, int, float)) else str(value)
-
-
-def _flat(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _three(value: float | None) -> str:
-    return "–" if value is None or np.isnan(value) else f"{value:.3f}"
-
-
-def _count(value: int | None) -> str:
-    return "–" if value is None else f"{value:,}".replace(",", "\u202f")
-
-
-def _embedded(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _example(row: dict[str, Any], synthetic: bool) -> dict[str, Any]:
-    picture = figures.example(row["image"], row.get("heat"), row.get("lungs"), synthetic)
-    return {"source": _embedded(picture, "png"), "caption": row.get("caption", ""), "wide": row.get("heat") is not None}
-
-
-def _scales(found: dict[str, Any] | None, synthetic: bool) -> dict[str, Any] | None:
-    """The chart of weights and the rows of the table, by finding, with the best scale marked."""
-    if not found:
-        return None
-    rows = []
-    for label in dict.fromkeys(row["label"] for row in found["rows"]):
-        best = found["best"].get(label, {})
-        words = {best.get("scale"): "here", best.get("chosen"): "in training"}
-        if best.get("scale") == best.get("chosen"):
-            words = {best.get("scale"): "here and in training"}
-        rows += [{**row, "best": words.get(row["scale"], "")} for row in found["rows"] if row["label"] == label]
-    chart = _embedded(figures.stack_chart(found, synthetic), "svg+xml")
-    return {"rows": rows, "chart": chart, "source": found["from"]}
-
-
-def _with_interval(found: dict[str, Any] | None) -> str:
-    if not found or found["value"] is None:
-        return ""
-    if not found.get("estimable", True):
-        return f"{_three(found['value'])}, interval not estimable"
-    return f"{_three(found['value'])} ({_three(found['low'])} to {_three(found['high'])})"
-
-
-def _figure_groups(
-    frame: pd.DataFrame, labels: list[str], chart: dict[str, dict], probability: bool, synthetic: bool
-) -> list[dict[str, Any]]:
-    """The figures in groups of one kind, one small figure per label that has both classes."""
-    word = "Synthetic: " if synthetic else ""
-    groups = {
-        "ROC curves": "How many sick images are found (up) for how many false alarms (right). The band is the 95 % "
-        "interval at each point, patients resampled; the dashed line is chance. Several runs are drawn as thin lines, "
-        "a label with too few patients without a band.",
-        "Precision and recall": "Of the images that are called, how many have the finding (up), and how many of all "
-        "findings that reaches (right). The dashed line is the share of images with the finding.",
-        "Scores": "The scores of images with and without the finding, each as shares of its class.",
-        "Calibration": "Images in ten groups of equal size: the probability they were given against the share that has "
-        "the finding. On the dashed line a probability means what it says. Bars: 95 % by images (Wilson).",
-    }
-    panels: dict[str, list[dict[str, str]]] = {name: [] for name in groups}
-    for label in labels:
-        part = frame[frame["label"] == label]
-        runs = [
-            (run["target"].to_numpy(float), run["score"].to_numpy(float), run["patient_id"].to_numpy())
-            for run in split_runs(part)
-        ]
-        if not {0.0, 1.0} <= set(np.unique(runs[0][0])):
-            continue
-        row = chart.get(label, {})
-        auroc, ap = row.get("auroc"), row.get("ap")
-        band = auroc is None or auroc.get("estimable", True)
-        target, score = (np.concatenate([run[i] for run in runs]) for i in (0, 1))
-        drawn = [
-            ("ROC curves", figures.roc(runs, band, synthetic), _with_interval(auroc)),
-            ("Precision and recall", figures.precision_recall(runs, synthetic), _with_interval(ap)),
-            ("Scores", figures.histogram(target, score, probability, synthetic), ""),
-        ]
-        if probability:
-            drawn.append(("Calibration", figures.calibration(target, score, synthetic), ""))
-        for name, svg, figure in drawn:
-            alternative = f"{word}{name} of {label}" + (f": {figure}" if figure else "")
-            panels[name].append(
-                {"label": label, "figure": figure, "alt": alternative, "source": _embedded(svg, "svg+xml")}
-            )
-    return [{"name": name, "words": groups[name], "panels": panels[name]} for name in groups if panels[name]]

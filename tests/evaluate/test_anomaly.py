@@ -17,7 +17,8 @@ from carina.errors import CarinaError
 from carina.evaluate import anomaly
 from carina.evaluate.explain import heat_maps
 from carina.evaluate.predict import predict
-from carina.evaluate.score import evaluate, terminal_table
+from carina.evaluate.score import evaluate
+from carina.evaluate.terminal import terminal_table
 from carina.finetune.run import finetune
 from carina.metrics.localization import aupro, pixel_auroc
 from carina.models.predictor import load_predictor, map_span

@@ -9,11 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
+from scipy.stats import binomtest, chi2
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from carina.errors import CarinaError
 from carina.evaluate.compare import compare, main, table
 from carina.files import write_json, write_table
+from carina.metrics.delong import auroc_difference
 
 PREVALENCE = {"Effusion": 0.4, "Mass": 0.5, "Hernia": 0.04}
 
@@ -92,6 +94,61 @@ def test_runs_as_folders_or_as_seeds_are_the_same(arm):
     together = compare([arm("all", pd.concat(runs))], [other], resamples=300)
     assert apart["a"]["runs"] == together["a"]["runs"] == 3 and apart["resampled"] == "patients and runs"
     assert apart["rows"] == together["rows"]
+
+
+def test_delong_by_label_and_bootstrap_for_the_mean(arm):
+    strong, weak = predictions(2.5), predictions(0.8, noise_seed=1)
+    folders = arm("a", strong), arm("b", weak)
+    result = compare(*[[folder] for folder in folders], resamples=300, method="delong")
+    rows = by_row(result)
+    mass = rows["Mass", "auroc"]
+    known = (strong["label"] == "Mass") & strong["target"].notna()
+    given = [strong[known], weak[known]]
+    expected = auroc_difference(
+        given[0]["target"].to_numpy(), *(one["score"].to_numpy() for one in given), given[0]["patient_id"].to_numpy()
+    )
+    assert mass["difference"]["method"] == "obuchowski"  # two images a patient
+    assert mass["difference"]["value"] == pytest.approx(expected.value)
+    assert (mass["p_value"], mass["difference"]["low"]) == pytest.approx((expected.p_value, expected.low))
+    assert rows["macro", "auroc"]["difference"]["method"] == "percentile"
+    resampled = by_row(compare(*[[folder] for folder in folders], resamples=300))
+    assert mass["a"]["value"] == pytest.approx(resampled["Mass", "auroc"]["a"]["value"])
+    assert rows["Mass", "average_precision"]["difference"] == resampled["Mass", "average_precision"]["difference"]
+    with pytest.raises(CarinaError, match="one run with one run"):
+        compare([folders[0], arm("c", predictions(2.4, noise_seed=5, seed=1))], [folders[1]], method="delong")
+
+
+def test_decisions_are_tested_on_one_image_of_every_patient(arm):
+    strong, weak = predictions(3.0), predictions(0.2, noise_seed=1)
+    folders = arm("a", strong), arm("b", weak)
+    limits = {"Effusion": 1.2, "Mass": 1.0}
+    for folder in folders:
+        table = [{"label": label, "threshold": value} for label, value in limits.items()]
+        write_json(
+            folder / "metrics.json", {"synthetic": False, "table": [*table, {"label": "Hernia", "threshold": None}]}
+        )
+    tests = {row["label"]: row for row in compare(*[[one] for one in folders], resamples=100)["mcnemar"]}
+    assert set(tests) == set(limits)
+    mass = tests["Mass"]
+    known = strong[(strong["label"] == "Mass") & strong["target"].notna()]
+    assert mass["images"] == known["patient_id"].nunique() and mass["images"] + mass["left_out"] == len(known)
+    discordant = mass["only_a_right"] + mass["only_b_right"]
+    if mass["exact"]:
+        expected = binomtest(mass["only_a_right"], discordant).pvalue
+    else:
+        expected = chi2.sf((mass["only_a_right"] - mass["only_b_right"]) ** 2 / discordant, 1)
+    assert mass["p_value"] == pytest.approx(expected) and mass["p_corrected"] < 0.05
+    assert "A decides rightly more often" in mass["sentence"] and "one drawn of each patient" in mass["sentence"]
+    alone = strong[strong["image_id"].isin(known.groupby("patient_id")["image_id"].first())]
+    single = [arm("c", alone), arm("d", weak[weak["image_id"].isin(alone["image_id"])])]
+    for folder in single:
+        write_json(folder / "metrics.json", {"synthetic": False, "table": [{"label": "Mass", "threshold": 1.0}]})
+    (row,) = compare(*[[one] for one in single], resamples=100)["mcnemar"]
+    parts = [one[(one["label"] == "Mass") & one["image_id"].isin(alone["image_id"])] for one in (strong, weak)]
+    parts = [one[one["target"].notna()] for one in parts]
+    right = [((one["score"] >= 1.0) == (one["target"] == 1)).to_numpy() for one in parts]
+    assert row["only_a_right"] == (right[0] & ~right[1]).sum() and row["only_b_right"] == (right[1] & ~right[0]).sum()
+    assert row["left_out"] == 0 and "drawn" not in row["sentence"]
 
 
 def test_refusals_name_how_many(arm, tmp_path):

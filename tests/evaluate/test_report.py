@@ -1,9 +1,10 @@
-"""The report: one file, nothing loaded, nothing leaked, and honest about what is synthetic or unknown."""
+"""The report: one file, nothing loaded, nothing leaked, complete where figures are there and quiet where they are not."""
 
 from __future__ import annotations
 
-import base64
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,29 +12,41 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_curve
 
-from carina.evaluate.report import build_report, figures, page
+from carina.data.store import select
+from carina.evaluate.report import build_report, checklists, figures, page, plain
+from carina.evaluate.report.content import _dealt, _kinds
 from carina.metrics.intervals import patient_bootstrap
 from carina.metrics.resampling import patient_codes, patient_resamples
+from carina.models.predictor import load_predictor
 
-NASTY = "<script>alert('label')</script>"
+NASTY = "<script>alert('50 % & $x_1$ \\ {#|~^')</script>"
 VOID = {"meta", "img"}
 
 
 class Reader(HTMLParser):
-    """Collects text and images, and holds that every tag is closed in order."""
+    """Collects text, images and drawings, and holds that every tag is closed in order."""
 
     def __init__(self, html: str):
-        super().__init__()
-        self.open, self.tags, self.images, self.text = [], set(), [], ""
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.images, self.alts, self.ids, self.links, self.text = [], set(), [], [], [], [], ""
         self.feed(html)
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
         self.tags.add(tag)
+        self.ids += [given["id"]] if "id" in given else []
+        self.links += [given["href"][1:]] if str(given.get("href")).startswith("#") else []
+        self.alts += [given["aria-label"]] if given.get("role") == "img" else []
         if tag == "img":
-            self.images.append(dict(attrs))
+            self.images.append(given)
         if tag not in VOID:
             self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -42,12 +55,14 @@ class Reader(HTMLParser):
         if self.open and self.open[-1] != "style":
             self.text += data
 
-    def figures(self) -> list[bytes]:
-        return [base64.b64decode(image["src"].split(",", 1)[1]) for image in self.images]
+
+def figure(value, low=None, high=None, estimable=True):
+    return {"value": value, "low": low, "high": high, "estimable": estimable, "reason": ""}
 
 
 @pytest.fixture(scope="module")
 def content():
+    """Predictions of three labels, one of them of one class, and the oldest metrics.json there may be."""
     rng, count = np.random.default_rng(0), 160
     patients = np.repeat(np.arange(count // 2), 2)
     frames, rows = [], []
@@ -64,56 +79,158 @@ def content():
         )
         row = {"label": label, "n": count, "positives": int(target.sum()), "note": auroc.reason}
         rows.append(row | {"auroc": auroc.to_dict(), "ap": ap.to_dict()})
+    return {
+        "title": "A & B <i>compared</i>",
+        "result": {
+            "table": [*rows, {**rows[0], "label": "macro"}],
+            "words": [f"Read from C:\\Users\\jane\\x.csv {NASTY}"],
+        },
+        "predictions": pd.concat(frames),
+        "recipe": {"store": "/home/jane/data/nih-store", "optimizer": {"rate": 0.1, "betas": (0.9, 0.99)}},
+        "environment": {"python": "3.11", "packages": {"torch": "2.15"}},
+    }
+
+
+@pytest.fixture(scope="module")
+def full(content):
+    """The same with everything that an evaluation may know."""
+    f, labels = figure(0.71, 0.6, 0.8), ["Effusion", NASTY]
+    table = [dict(row) for row in content["result"]["table"]]
+    for row in table:
+        if row["label"] in labels:
+            row |= {
+                "threshold": 0.5,
+                "sensitivity": f,
+                "specificity": f,
+                "ppv": f,
+                "npv": f,
+                "f1": f,
+                "brier": f,
+                "ece": f,
+            }
+            row |= {"calibration_slope": figure(0.8, 0.5, 1.1), "calibration_intercept": figure(-0.25, -0.5, 0.1)}
+            row["at_prevalence"] = {"prevalence": 0.05, "ppv": figure(0.123, 0.1, 0.2), "npv": f}
+    group = {"n": 80, "patients": 40, "positives": 30, "auroc": f, "ap": f, "sensitivity": None, "specificity": f}
+    confounder = {
+        "prevalence": {"AP": 0.5, "PA": 0.2},
+        "overall": f,
+        "within": f,
+        "groups": {},
+        "difference": figure(0.1, 0.05, 0.2),
+    }
+    before = {"brier": f, "ece": f, "slope": f, "intercept": figure(0.4, 0.1, 0.7)}
+    curve = {"x": "strength", "y": "AUROC", "start": f, "series": [
+        {"name": kind, "unit": kind, "x": [1, 2], "value": [0.8, None], "low": [0.7, None], "high": [0.9, None]}
+        for kind in ("gamma", "noise")
+    ]}  # fmt: skip
+    thresholds = [0.01, 0.1, 0.5]
+    result = {
+        "kind": "classify", "split": "test", "where": "view == 'AP'", "labels": labels, "table": table, "resamples": 200,
+        "words": content["result"]["words"], "thresholds_from": "validation",
+        "averages": [{"name": "tail", "labels": labels, "left_out": ["Fracture"], "words": "few", "auroc": f, "ap": f}],
+        "decision_curves": {"Effusion": {"threshold": thresholds, "model": [0.4, 0.3, 0.1], "all": [0.39, 0.3, -0.2]}},
+        "calibration_bins": {"Effusion": [{"predicted": 0.2, "observed": 0.25, "low": 0.1, "high": 0.4, "n": 80}]},
+        "subgroups": [{"variable": v, "group": g, "label": one, "note": "", **group}
+                      for one in labels for v, g in (("view", "AP"), ("view", "PA"), ("sex", "F"))],
+        "confounders": [{"variable": "view", "label": "Effusion", "sentence": "The view is read.", **confounder}],
+        "worst": [{"label": "Effusion", "variable": "sex", "group": "F", "auroc": f, "gap": figure(0.2, 0.1, 0.3),
+                   "sentence": "Women fare worse."}],
+        "external": {"kind": "external", "sentence": "From another place.",
+                     "shift": [{"label": "Effusion", "train_prevalence": 0.1, "test_prevalence": 0.4, "train_n": 99,
+                                "test_n": 160}],
+                     "recalibration": [{"label": "Effusion", "patients_fitted": 40, "patients_left": 40, "temperature": 1.5,
+                                        "intercept": -0.5, "before": before, "after": before}]},
+        "flow": [{"step": "rows of the store", "images": 1234, "patients": 500, "note": ""},
+                 {"step": "known Effusion", "images": 150, "patients": 78, "note": ""},
+                 {"step": "known Fracture", "images": 160, "patients": 80, "note": ""},
+                 {"step": "scored", "images": 160, "patients": 80, "note": "split test"}],
+        "sentences": ["A plain sentence."],
+        "audits": [{"name": "robustness", "sentence": "It withstands noise.", "curve": curve,
+                    "rows": [{"kind": "gamma", "strength": 1.1, "drop": figure(0.02, -0.01, 0.05), "missing": ""},
+                             {"kind": "noise", "strength": 0.1, "drop": figure(None), "missing": ""}]}],
+    }  # fmt: skip
     image = np.linspace(0, 1, 48 * 40).reshape(48, 40)
     lungs = np.zeros((48, 40), bool)
     lungs[10:30, 8:30] = True
-    return {
-        "title": "A & B <i>compared</i>",
-        "metrics": [*rows, {**rows[0], "label": "macro"}],
-        "predictions": pd.concat(frames),
+    people = {"images": 160, "patients": 80, "view": {"AP": 90, "PA": 70}, "sex": {"F": 80, "M": 80}, "source": {"nih": 160},
+              "age_median": 50.0, "age_range": [20.0, 80.0]}  # fmt: skip
+    return content | {
+        "result": result,
         "examples": [
-            {"image": image, "heat": image**2, "lungs": lungs, "caption": "Effusion, case seven"},
-            {"image": image, "heat": None, "lungs": None, "caption": "plain"},
+            {"image": image, "heat": image**2, "lungs": lungs, "right": False, "caption": "Effusion: missed."},
+            {"image": image, "heat": None, "lungs": None, "right": True, "caption": "Effusion: found."},
         ],
-        "data_flow": [{"what": "Rows in the store", "images": 1234, "patients": 80, "note": ""}],
-        "recipe": {"store": "/home/jane/data/nih-store", "optimizer": {"rate": 0.1, "betas": (0.9, 0.99)}},
-        "environment": {"python": "3.11", "device": {"name": "CPU"}},
-        "warnings": [f"Read from C:\\Users\\jane\\x.csv {NASTY}"],
-        "how_to_cite": "https://example.org/carina/cite",
-    }
+        "people": [("Training", people), ("Test", people)],
+        "sources": {"nih": {"title": "NIH ChestX-ray14", "terms": {"citation": "Wang et al., CVPR 2017"}}},
+        "backbone": {"name": "resnet18", "origin": "ImageNet", "license": "Apache-2.0"},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def built(full, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    build_report(folder, full)
+    return folder
 
 
 def read(tmp_path, content):
     return Reader(build_report(tmp_path, content).read_text(encoding="utf-8"))
 
 
-def test_is_one_file_that_loads_and_runs_nothing(tmp_path, content):
-    html = build_report(tmp_path, content).read_text(encoding="utf-8")
+def test_is_one_file_that_loads_and_runs_nothing(built, tmp_path, full):
+    html = (built / "report.html").read_text(encoding="utf-8")
     found = Reader(html)
-    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
-    assert "script" not in found.tags and "link" not in found.tags and NASTY not in html
+    assert not {"script", "link", "iframe", "object"} & found.tags and NASTY not in html
     assert all(image["src"].startswith("data:image/") and image["alt"] for image in found.images)
-    assert not re.search(r"url\(|@import", html)
-    assert all(b"<script" not in data for data in found.figures())
-    assert build_report(tmp_path, content).read_text(encoding="utf-8") == html
+    assert len(found.ids) == len(set(found.ids)) and set(found.links) <= set(found.ids)
+    assert "://" not in html and "@import" not in html and not re.search(r"url\((?!#)", html)
+    assert build_report(tmp_path, full).read_text(encoding="utf-8") == html
 
 
-def test_headline_comes_before_curves_and_curves_before_details(tmp_path, content):
-    text = read(tmp_path, content).text
-    title = "A & B <i>compared</i>"
-    order = [title, "mean AUROC", "Results", "ROC curves", "Calibration", "Examples", "Recipe", "How to cite"]
-    places = [text.rindex(word) for word in order]
+def test_every_section_stands_where_its_figures_are_there_and_nowhere_else(built, tmp_path, content):
+    old, new = read(tmp_path, content), Reader((built / "report.html").read_text())
+    always = ["Data", "Discrimination", "Curves", "Calibration", "What the model had seen", "How to cite"]
+    more = ["Decision curves", "At the operating points", "Subgroups", "External test", "Audits", "Examples"]
+    for name in always:
+        assert name in old.text and name in new.text
+    for name in more:
+        assert name not in old.text and name in new.text
+    for words in (
+        "A plain sentence.", "The view is read.", "Women fare worse.", "From another place.", "It withstands noise.",
+        "0.123", "−0.250", "1,074 images and 420 patients left out", "Wang et al., CVPR 2017", "Mean over labels",
+    ):  # fmt: skip
+        assert words in new.text, words
+    order = [
+        "A plain sentence.",
+        "1,234 images",
+        "ROC curves",
+        "Women fare worse.",
+        "It withstands noise.",
+        "CLAIM 2024",
+    ]
+    places = [new.text.index(word) for word in order[:-1]] + [new.text.rindex(order[-1])]
     assert places == sorted(places)
-    value = content["metrics"][0]["auroc"]
-    assert f"{value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})" in text
 
 
-def test_holds_no_identifier_and_no_path(tmp_path, content):
-    path = build_report(tmp_path, content)
-    everything = path.read_bytes() + b"".join(Reader(path.read_text(encoding="utf-8")).figures())
-    assert b"secret" not in everything and b"jane" not in everything
-    text = Reader(path.read_text(encoding="utf-8")).text
-    assert "nih-store" in text and "x.csv" in text and "https://example.org/carina/cite" in text
+def test_a_figure_is_shown_with_its_interval_everywhere(built, full):
+    found = Reader((built / "report.html").read_text())
+    value = next(row for row in full["result"]["table"] if row["label"] == "Effusion")["auroc"]
+    told = [f"{value[end]:.3f}" for end in ("value", "low", "high")]
+    assert re.search(rf"{told[0]}\s+{told[1]} to {told[2]}", found.text)
+    table = pd.read_csv(built / "tables" / "results.csv").set_index("Label").loc["Effusion"]
+    np.testing.assert_allclose(
+        table[["AUROC", "AUROC, low", "AUROC, high"]].astype(float), list(value.values())[:3], rtol=1e-12
+    )
+    line = f"{told[0]} ({told[1]} to {told[2]})"
+    assert line in (built / "report.md").read_text() and line in (built / "tables" / "results.tex").read_text()
+
+
+def test_holds_no_identifier_and_no_path(built):
+    files = [path for path in built.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert not [path for path in files if re.search(rb"secret|jane", path.read_bytes())]
+    text = (built / "report.html").read_text()
+    assert "nih-store" in text and "x.csv" in text
 
 
 @pytest.mark.parametrize(
@@ -131,48 +248,157 @@ def test_only_the_last_name_of_a_path_is_kept(text, kept):
     assert page._printable({"key": [text]}) == {"key": [kept]}
 
 
-def test_synthetic_marks_every_figure(tmp_path, content):
-    plain, marked = (read(tmp_path, content | {"synthetic": flag}) for flag in (False, True))
-    assert "synthetic" not in plain.text.lower()
-    assert len(plain.images) == len(marked.images) == 2 * 4 + 2
-    for before, after, image in zip(plain.figures(), marked.figures(), marked.images):
-        assert "synthetic" in image["alt"].lower() and before != after
-        if image["src"].startswith("data:image/svg"):
-            assert b"synthetic" in after and b"synthetic" not in before
+def test_pictures_only_where_they_are_allowed(built, tmp_path, full):
+    assert len(Reader((built / "report.html").read_text()).images) == 2
+    off = read(tmp_path, full | {"examples": (), "switched_off": True})
+    assert not off.images and "pixels=true" in off.text
+    assert "under Examples" not in off.text
+
+
+def test_pixels_and_conditions_on_persons_stay_where_they_are(phantom_store, tmp_path):
+    from carina.evaluate.report.content import report_content
+    from carina.evaluate.score import evaluate
+    from carina.finetune.run import finetune
+
+    run, where = tmp_path / "run", "patient_id != 'secret' and age > 0"
+    common = {"backbone": "random:resnet10t", "store": str(phantom_store), "scale": 32, "size": 32, "threads": 1}
+    finetune(
+        "classify", {**common, "labels": ["Effusion"], "where": where, "wandb": "off", "out": str(run)}, quiet=True
+    )
+    asked = {"store": str(phantom_store), "split": "test", "resamples": 100, "examples": 0, "where": where}
+    result = evaluate(str(run), asked, quiet=True)
+    out = run / "evaluations" / "test"
+    assert not [path for path in out.rglob("*.*") if path.suffix != ".json" and b"secret" in path.read_bytes()]
+    frame, predictor = pd.read_parquet(out / "predictions.parquet"), load_predictor(run)
+    done = [(predictor, select(phantom_store, where=where).split("test"), frame[["score"]].to_numpy(), {})]
+    as_if_real = {**result, "synthetic": False}
+    for synthetic, pixels, shown in ((False, False, False), (False, True, True), (True, False, True)):
+        made = report_content({**as_if_real, "synthetic": synthetic}, frame, done, str(run), 3, pixels)
+        assert bool(made["examples"]) is shown and made["switched_off"] is not shown
+
+
+def test_examples_are_the_most_certain_of_right_and_wrong():
+    target, score = np.array([1, 1, 1, 0, 0, 0, np.nan]), np.array([0.9, 0.2, 0.1, 0.8, 0.7, 0.05, 0.99])
+    kinds = {kind: rows.tolist() for kind, _, rows in _kinds(target, score, 0.5)}
+    assert kinds == {"missed": [2, 1], "false alarm": [3, 4], "found": [0], "rightly left": [5]}
+    dealt = _dealt([(0, 2, 0, "missed", 0), (0, 0, 0, "found", 1), (1, 1, 0, "missed", 0)], 2)
+    assert [one[3] for one in dealt] == ["missed", "found"]
+
+
+def test_synthetic_marks_every_figure(built, tmp_path, full):
+    plainly = Reader((built / "report.html").read_text())
+    marked = read(tmp_path, full | {"result": full["result"] | {"synthetic": True}})
+    assert "synthetic" not in plainly.text.lower()
+    assert len(plainly.alts) == len(marked.alts) == 2 * 4 + 1 + 2
+    assert all("synthetic" in alt.lower() for alt in [*marked.alts, *(image["alt"] for image in marked.images)])
+    svgs = re.findall(r"<svg viewBox.*?</svg>", (tmp_path / "report.html").read_text(), re.DOTALL)
+    assert len(svgs) == len(marked.alts) and all(">synthetic<" in svg for svg in svgs)
     assert "nothing here is a clinical result" in marked.text
+    assert "(synthetic images)" in (tmp_path / "tables" / "results.tex").read_text()
 
 
 def test_says_what_is_unknown_or_cannot_be_estimated(tmp_path, content):
     found = read(tmp_path, content)
     assert "cannot be excluded" in found.text and "not recorded" in found.text
     assert "interval not estimable" in found.text and "one class only" in found.text
-    assert not any("Fracture" in image["alt"] for image in found.images)
-    overlap = {"sentence": "Three test patients were seen.", "counts": {"seen": 3}}
-    assert "Three test patients were seen." in read(tmp_path, content | {"overlap": overlap}).text
+    assert not any("Fracture" in alt for alt in found.alts)
+    known = {"known": True, "doubts": [], "stages": {"pretrain": {"patients": 3}}}
+    seen = content["result"] | {"overlap": known, "overlap_sentence": "Three test patients were seen."}
+    assert "Three test patients were seen." in read(tmp_path, content | {"result": seen}).text
 
 
 def test_anomaly_scores_are_distances_and_runs_are_apart(tmp_path, content):
     one = content["predictions"].query("label == 'Effusion'")
     runs = pd.concat([one.assign(seed=s, score=one["score"] * (s + 5)) for s in range(2)])
-    anomaly = {"title": "Anomalies", "kind": "anomaly", "predictions": runs}
+    anomaly = {"title": "Anomalies", "result": {"kind": "anomaly"}, "predictions": runs}
     found = read(tmp_path, anomaly)
-    assert [image["alt"].split(" of ")[0] for image in found.images] == ["ROC curves", "Precision and recall", "Scores"]
+    assert [alt.split(" of ")[0] for alt in found.alts] == ["ROC curves", "Precision and recall", "Scores"]
     assert "2 runs" in found.text and "Calibration" not in found.text
 
 
 def test_control_rows_and_localization_have_their_tables(tmp_path, content):
-    figure = content["metrics"][0]["auroc"]
+    found = content["result"]["table"][0]["auroc"]
     rows = [
-        {"control": f"HOG {NASTY}", "method": "gaussian", "auroc": figure, "ap": figure, "fpr95": 0.125, "missing": ""},
+        {"control": f"HOG {NASTY}", "method": "gaussian", "auroc": found, "ap": found, "fpr95": 0.125, "missing": ""},
         {"control": "file size", "method": "gaussian", "missing": "the same for every image"},
     ]
-    where = [{"name": "AUPRO", "found": figure, "chance": 0.15, "words": "overlap of each lesion"}]
-    metrics = [{**content["metrics"][0], "fpr95": 0.375}]
-    anomaly = {"kind": "anomaly", "metrics": metrics, "controls": rows, "localization": where}
-    found = read(tmp_path, {**content, **anomaly, "localization_words": "3 lesions in 2 of 9 images."})
+    names = ("pixel_auroc", "aupro", "pointing_game")
+    where = dict.fromkeys(names, found) | {"limit": 0.3, "chance": dict.fromkeys(names, 0.15), "regions": 3}
+    where |= {"images_with_lesions": 2, "images": 9, "lesions_from": "masks", "left_out": 0}
+    table = [{**content["result"]["table"][0], "fpr95": 0.375}]
+    result = {"kind": "anomaly", "table": table, "controls": rows, "localization": where}
+    shown = read(tmp_path, content | {"result": result})
     for words in ("Control rows", "0.125", "the same for every image", "0.375", "overlap of each lesion", "3 lesions"):
-        assert words in found.text
-    assert "script" not in found.tags and "Control rows" not in read(tmp_path, content).text
+        assert words in shown.text
+    assert "script" not in shown.tags and "Control rows" not in read(tmp_path, content).text
+
+
+def test_latex_is_balanced_escaped_and_compiles_where_there_is_a_tex(built, tmp_path):
+    tables = sorted((built / "tables").glob("*.tex"))
+    assert len(tables) > 12
+    for path in tables:
+        text = path.read_text()
+        body = re.sub(r"\\[\\&%$#_{}]", "", re.sub(r"\\\\", " ", text.split("\n", 1)[1]))
+        assert not re.search(r"[#$_~^<>|]|(?<!\\)%", body.replace("tab:", "")), path.name
+        assert body.count("{") == body.count("}")
+        opened, closed = (re.findall(rf"\\{word}\{{(\w+)\}}", text) for word in ("begin", "end"))
+        assert opened == closed[::-1]
+        rows = re.findall(r"^(.*) \\\\$", text[text.index(r"\midrule") :], re.MULTILINE)
+        columns = text[: text.index(r"\toprule")].rsplit("{", 1)[1] if "tabular" in text else ""
+        if rows and re.fullmatch(r"[lr]+\}\n", columns):
+            assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(columns) - 3}
+    if shutil.which("pdflatex"):
+        lines = [r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{booktabs,longtable}\begin{document}"]
+        lines += [rf"\input{{{path.with_suffix('')}}}" for path in tables]
+        (tmp_path / "all.tex").write_text("\n".join([*lines, r"\end{document}"]))
+        done = subprocess.run(["pdflatex", "-halt-on-error", "all.tex"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_markdown_shows_a_nasty_label_as_it_is(built):
+    lines = (built / "report.md").read_text().splitlines()
+    assert not any("<script" in line or "<i>" in line for line in lines)
+    columns = 0
+    for line in lines:  # a bar inside a cell would add a column
+        bars = len(re.findall(r"(?<!\\)\|", line))
+        columns = 0 if not bars else columns or bars
+        assert bars == columns, line
+
+
+def test_every_drawn_point_is_written(built, full):
+    one = full["predictions"].query("label == 'Effusion'")
+    roc = pd.read_csv(built / "figures" / "roc-curves.csv").query("label == 'Effusion' and what == 'curve'")
+    rates = np.array(roc_curve(one["target"], one["score"], drop_intermediate=False)[:2])
+    drawn = roc[["false_positive_rate", "true_positive_rate"]].to_numpy().T
+    for point in drawn.T:
+        assert np.abs(rates.T - point).sum(axis=1).min() < 1e-12
+    names = {path.name for path in (built / "figures").iterdir()}
+    assert names == {"roc-curves.csv", "precision-and-recall.csv", "scores.csv", "calibration-curves.csv",
+                     "decision-curves.csv", "audit-robustness.csv"}  # fmt: skip
+
+
+def test_checklists_have_their_items_once_and_say_what_the_run_does_not_know(full):
+    numbers = [number for number, *_ in checklists.CLAIM]
+    assert numbers == [str(number) for number in range(1, 45)]
+    items = [number for number, *_ in checklists.TRIPOD]
+    assert len(items) == len(set(items)) == 52 and len({re.sub(r"\D", "", item) for item in items}) == 27
+    section = checklists.section(page.assembled(full))
+    answered = {table.name: {row[0]: row[2] for row in table.rows} for table in section.blocks[1:]}
+    claim, tripod = answered["CLAIM 2024"], answered["TRIPOD+AI"]
+    assert claim["44"] == tripod["18a"] == checklists.OPEN
+    assert "From another place." in claim["33"] and claim["32"] == checklists.OPEN
+    assert "view == 'AP'" in claim["8"] and "half of these patients" in tripod["12f"]
+    known = sum(answer != checklists.OPEN for answer in claim.values())
+    assert f"CLAIM 2024: {known} of 44 answered" in section.blocks[0].sentences[0]
+    keys = {key for _, _, key in (*checklists.CLAIM, *checklists.TRIPOD)} - {""}
+    assert set(checklists.answers(page.assembled(full))) <= keys
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [("50 % & a_b", r"50 \% \& a\_b"), ("a\\b{−1}", r"a\textbackslash{}b\{\ensuremath{-}1\}")]
+)
+def test_latex_escapes(text, shown):
+    assert plain.latex(text) == shown
 
 
 def test_roc_band_is_the_bootstrap_of_scikit_learns_curves():

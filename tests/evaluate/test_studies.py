@@ -85,7 +85,7 @@ def test_levels_through_the_verb(phantom_store, tmp_path):
             np.testing.assert_allclose(part["score"].loc[mean.index], mean)
             np.testing.assert_array_equal(part["target"].loc[worst.index], worst)
             row = next(row for row in found["table"] if row["label"] == label)
-            assert row["auroc"]["value"] == pytest.approx(roc_auc_score(worst, mean)) and "threshold" not in row
+            assert row["auroc"]["value"] == pytest.approx(roc_auc_score(worst, mean)) and row["threshold"] is None
             assert row["auroc"]["num_patients"] == flat["patient_id"].nunique()
         told = json.loads((out / "metrics.json").read_text())
         assert (told["level"], told["pool"]) == (level, "mean")

@@ -74,7 +74,8 @@ def test_frozen_scales_share_the_backbone_and_cross_fitted_scores_weigh_them(com
     given = {"store": str(phantom_store), "split": "val+test", "resamples": 200, "examples": 3}
     result = evaluate(str(tmp_path / "run"), given, quiet=True)
     out = tmp_path / "run" / "evaluations" / "val-test"
-    assert {p.name for p in out.iterdir()} == {"predictions.parquet", "metrics.json", "report.html", "scales.png"}
+    written = {"predictions.parquet", "metrics.json", "report.html", "report.md", "tables", "figures", "scales.png"}
+    assert {p.name for p in out.iterdir()} == written
     found = json.loads((out / "metrics.json").read_text())["scales"]
     assert found["weights"] == predictor.info["stack"] and found["scales"] == [32, 64]
     table = {row["label"]: row["auroc"]["value"] for row in result["table"]}

@@ -2,11 +2,24 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from scipy.special import expit
+from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import brier_score_loss, f1_score, precision_score, recall_score
+from statsmodels.api import Logit, add_constant
 
 from carina.errors import CarinaError
 from carina.metrics.calibration import operating_threshold, temperature
+from carina.metrics.intervals import interval
+from carina.metrics.reliability import (
+    calibration_line,
+    recalibrated,
+    recalibration,
+    reliability,
+    replicate_calibration,
+)
+from carina.metrics.resampling import patient_codes, patient_resamples, replicate
+from carina.metrics.strata import by_group, within_groups
+from carina.metrics.thresholds import replicate_decisions
 
 # scores from few values, so that ties are common
 CASES = st.lists(
@@ -106,3 +119,164 @@ def test_no_other_temperature_is_likelier(seed):
 def test_lists_of_other_lengths_are_said():
     with pytest.raises(CarinaError, match="one length"):
         temperature(np.zeros(3), np.zeros(4))
+
+
+# -- how well calibrated ------------------------------------------------------------------------------------------------
+
+
+def study(n=600, seed=0, labels=2):
+    """Targets with unknowns, probabilities that are too extreme, and patients of one to four images."""
+    rng = np.random.default_rng(seed)
+    patients = np.repeat(np.arange(n), rng.integers(1, 5, n))[:n]
+    logits = rng.normal(size=(n, labels)) - 0.5 + 0.5 * rng.normal(size=n)[patients][:, None]
+    target = (rng.random((n, labels)) < expit(0.6 * logits + 0.3)).astype(float)
+    target[rng.random((n, labels)) < 0.1] = np.nan
+    return target, expit(logits), patients
+
+
+def test_brier_and_calibration_error_equal_sums_one_by_one():
+    target, probability, patients = study()
+    found = replicate_calibration(target, probability, patients, resamples=50, seed=4, bins=7)
+    drawn = np.concatenate(list(patient_resamples(patient_codes(patients), 50, 4)), axis=1)
+    for label in range(target.shape[1]):
+        known = ~np.isnan(target[:, label])
+        y, p, who = target[known, label], probability[known, label], patients[known]
+        assert found["brier"].point[0, label] == pytest.approx(brier_score_loss(y, p), abs=1e-12)
+        rank = np.argsort(np.argsort(p))
+        parts = [np.flatnonzero(np.minimum(7 * rank // (len(p) - 1), 6) == number) for number in range(7)]
+        sizes = sorted(map(len, parts))
+        assert sizes[-1] - sizes[0] <= 1
+        gaps = [abs(y[rows].mean() - p[rows].mean()) * len(rows) for rows in parts]
+        assert found["ece"].point[0, label] == pytest.approx(sum(gaps) / len(y), abs=1e-12)
+        times = drawn[np.searchsorted(np.unique(patients), who), 3]
+        expected = sum(abs((times[rows] * (y - p)[rows]).sum()) for rows in parts) / times.sum()
+        assert found["ece"].boot[3, 0, label] == pytest.approx(expected, abs=1e-12)
+        brier = brier_score_loss(y, p, sample_weight=times)
+        assert found["brier"].boot[3, 0, label] == pytest.approx(brier, abs=1e-12)
+
+
+def test_equal_probabilities_share_a_bin_whatever_their_order():
+    rng = np.random.default_rng(0)
+    p = rng.choice([0.1, 0.2, 0.7], 200)
+    y = (rng.random(200) < p).astype(float)
+    rows = reliability(y, p)
+    assert [row["predicted"] for row in rows] == pytest.approx([0.1, 0.2, 0.7])
+    assert [row["n"] for row in rows] == [int((p == value).sum()) for value in (0.1, 0.2, 0.7)]
+    assert all(row["low"] < row["observed"] < row["high"] for row in rows)
+    order = rng.permutation(200)
+    assert reliability(y[order], p[order]) == rows
+
+
+def test_slope_and_intercept_are_those_of_statsmodels_and_scikit_learn():
+    target, probability, patients = study(900)
+    slope, intercept = calibration_line(target[:, 0], probability[:, 0], patients)
+    known = ~np.isnan(target[:, 0])
+    y, z, who = target[known, 0], logit(probability[known, 0]), patients[known]
+    line = Logit(y, add_constant(z)).fit(disp=False, cov_type="cluster", cov_kwds={"groups": who})
+    assert slope.value == pytest.approx(line.params[1], abs=1e-7)
+    assert (slope.low, slope.high) == pytest.approx(tuple(line.conf_int()[1]), abs=1e-6)
+    model = LogisticRegression(C=1e12, tol=1e-12).fit(z[:, None], y)
+    assert slope.value == pytest.approx(model.coef_[0, 0], rel=1e-4)
+    # in the large: the intercept that makes mean probability and share of positives equal
+    assert expit(z + intercept.value).mean() == pytest.approx(y.mean(), abs=1e-9)
+    assert slope.high < 1 and intercept.low > 0 and slope.estimable
+
+
+def test_patients_with_many_equal_images_widen_the_interval_of_the_slope():
+    target, probability, _ = study(400, labels=1)
+    y, p = target[:, 0], probability[:, 0]
+    once = calibration_line(y, p, np.arange(400))
+    copied = calibration_line(np.tile(y, 4), np.tile(p, 4), np.tile(np.arange(400), 4))
+    for alone, copies in zip(once, copied):
+        assert copies.value == pytest.approx(alone.value) and copies.low == pytest.approx(alone.low, abs=2e-3)
+
+
+def test_no_slope_without_an_error_and_nothing_with_one_class():
+    patients = np.arange(60)
+    y = np.repeat([0.0, 1.0], 30)
+    slope, intercept = calibration_line(y, np.linspace(0.1, 0.9, 60), patients)
+    assert np.isnan(slope.value) and "without an error" in slope.reason and np.isfinite(intercept.value)
+    for found in calibration_line(np.ones(60), np.linspace(0.1, 0.9, 60), patients):
+        assert np.isnan(found.value) and "one class only" in found.reason
+    with pytest.raises(CarinaError, match="distances"):
+        calibration_line(y, np.linspace(0, 4, 60), patients)
+
+
+def test_recalibration_finds_what_spoiled_the_probabilities():
+    rng = np.random.default_rng(2)
+    z = 1.5 * rng.normal(size=20000)
+    y = (rng.random(20000) < expit(z)).astype(float)
+    spoiled = expit(2.5 * (z - 0.8))
+    found = recalibration(y, spoiled)
+    assert found == pytest.approx((2.5, 0.8), rel=0.08)
+    slope, intercept = calibration_line(y, recalibrated(spoiled, *found), np.arange(20000))
+    assert slope.value == pytest.approx(1, abs=1e-5) and intercept.value == pytest.approx(0, abs=1e-5)
+    assert recalibration(1 - y, spoiled)[0] == 20.0  # what ranks the wrong way is flattened, never turned
+    assert recalibration(np.ones(20), spoiled[:20]) == (1.0, 0.0)
+
+
+def test_centered_intervals_hold_a_small_error_that_resampling_would_raise():
+    rng = np.random.default_rng(5)
+    p = rng.random(300)
+    y = (rng.random(300) < p).astype(float)
+    found = replicate_calibration(y[:, None], p[:, None], np.arange(300), resamples=400)["ece"]
+    plain, centered = interval(found, 0, "percentile"), interval(found, 0, "centered")
+    assert found.boot.mean() > found.point[0, 0] + 0.005
+    assert plain.high > centered.high > centered.value > centered.low >= 0
+    shift = found.boot[:, 0, 0].mean() - found.point[0, 0]
+    assert centered.high == pytest.approx(np.quantile(found.boot[:, 0, 0], 0.975) - shift)
+
+
+# -- at thresholds, and within groups -----------------------------------------------------------------------------------
+
+
+def test_decisions_equal_scikit_learn_and_bayes_on_the_sample_and_on_a_resample():
+    target, probability, patients = study()
+    called = probability >= 0.55
+    stated = np.array([0.03, np.nan])
+    found = replicate_decisions(target, called, patients, stated, resamples=40, seed=1)
+    drawn = np.concatenate(list(patient_resamples(patient_codes(patients), 40, 1)), axis=1)
+    for times, read in ((None, lambda r: r.point[0]), (drawn[:, 5], lambda r: r.boot[5, 0])):
+        for label in range(2):
+            known = ~np.isnan(target[:, label])
+            y, c, who = target[known, label], called[known, label], patients[known]
+            weight = None if times is None else times[np.searchsorted(np.unique(patients), who)]
+            given = {"sample_weight": weight, "zero_division": 0}
+            expected = {
+                "sensitivity": recall_score(y, c, **given),
+                "specificity": recall_score(1 - y, ~c, **given),
+                "ppv": precision_score(y, c, **given),
+                "npv": precision_score(1 - y, ~c, **given),
+                "f1": f1_score(y, c, **given),
+            }
+            for name, value in expected.items():
+                assert read(found[name])[label] == pytest.approx(value, abs=1e-12), name
+            if label == 0:
+                sick, well = expected["sensitivity"] * 0.03, (1 - expected["specificity"]) * 0.97
+                assert read(found["ppv_at_prevalence"])[0] == pytest.approx(sick / (sick + well), abs=1e-12)
+            else:
+                assert np.isnan(read(found["ppv_at_prevalence"])[1])
+
+
+def test_pairs_of_one_group_are_counted_one_by_one():
+    target, probability, patients = study(220, labels=2)
+    groups = np.random.default_rng(3).integers(0, 3, len(target))
+    whole = replicate(target, probability[None], patients, "auroc", 30, 2)
+    parts = by_group(target, probability, groups, patients, "auroc", 30, 2)
+    within = within_groups(target, parts, whole, groups, patients)
+    drawn = np.concatenate(list(patient_resamples(patient_codes(patients), 30, 2)), axis=1)
+    times = drawn[np.searchsorted(np.unique(patients), patients), 7]
+    for weight, values, own in (
+        (np.ones(len(target)), within.point[0], [part.point[0] for part in parts]),
+        (times, within.boot[7, 0], [part.boot[7, 0] for part in parts]),
+    ):
+        for label in range(2):
+            won, pairs = np.zeros(3), np.zeros(3)
+            for i in np.flatnonzero(target[:, label] == 1):
+                for j in np.flatnonzero((target[:, label] == 0) & (groups == groups[i])):
+                    both = weight[i] * weight[j]
+                    pairs[groups[i]] += both
+                    a, b = probability[i, label], probability[j, label]
+                    won[groups[i]] += both * ((a > b) + 0.5 * (a == b))
+            assert values[label] == pytest.approx(won.sum() / pairs.sum(), abs=1e-12)
+            assert [part[label] for part in own] == pytest.approx(list(won / pairs), abs=1e-12)

@@ -1,6 +1,7 @@
 """What a published folder holds, what must not be in it, what its card says, and the upload against a hub that the test
 plays."""
 
+import hashlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -22,6 +23,8 @@ from carina.files import read_json, write_json
 from carina.models.backbones import load_backbone, resize_images
 from carina.models.export import resizing
 from carina.models.hub import Told, backbone_card, clauses_of, findings, verify
+from carina.models.hub.results import evaluation_table
+from carina.models.hub.scan import PIECE
 from carina.publish import publish
 from carina.runs import Run
 
@@ -234,10 +237,22 @@ def test_a_memory_is_found_whatever_the_file_says_of_it(tmp_path):
     assert findings(tmp_path, allow_memory=True) == []
 
 
-@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=30), st.integers(0, 2**96 - 1))
-def test_a_hash_is_found_at_any_place(tmp_path_factory, before, number):
+def test_a_hash_is_found_in_large_weights(tmp_path):
+    """At the beginning, in the middle, over the border of two pieces, at the end: in bytes that are like weights."""
+    patient = hashlib.blake2b(b"patient", digest_size=12).hexdigest()
+    weights = np.random.default_rng(0).standard_normal(5 * 2**20 // 4).astype(np.float32).tobytes()
+    for place in (8, 12345, PIECE - 7, len(weights) - 24):
+        data = weights[:place] + patient.encode() + weights[place + 24 :]
+        (tmp_path / "model.safetensors").write_bytes(data)
+        assert any("hash" in one for one in findings(tmp_path, [patient])), place
+        assert not any("hash" in one for one in findings(tmp_path, [patient[::-1]]))
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=30), st.integers(0, 2**96 - 1), st.booleans())
+def test_a_hash_is_found_at_any_place(tmp_path_factory, before, number, capitals):
     folder, patient = tmp_path_factory.mktemp("x"), f"{number:024x}"
-    (folder / "README.md").write_text(f"{before} {patient}", encoding="utf-8")
+    shown = patient.upper() if capitals else patient
+    (folder / "README.md").write_text(f"{before}{shown}0a", encoding="utf-8")
     assert any("hash" in one for one in findings(folder, [patient]))
     assert not any("hash" in one for one in findings(folder, [f"{(number + 1) % 2**96:024x}"]))
 
@@ -266,10 +281,28 @@ def test_the_card_is_filled_from_the_run(pretrained):
         "x 250 W",
         "license: cc-by-4.0",
         audit["sentence"],
-        f"carina prepare SOURCE out=STORE scales=[{scales}]",
+        f"carina prepare FILES out=STORE scales=[{scales}] window=auto",
         "carina pretrain recipe.yaml store=STORE out=RUN",
+        "MoCo v2 (Chen et al. 2020",
+        "the robust range (0.5 % to 99.5 %)",
+        f"torch {torch.__version__.split('+')[0]}",
     ):
         assert text in card, text
+
+
+def test_the_table_shows_plain_numbers_intervals_sentences_and_groups():
+    plain = {"label": "A", "auroc": {"value": None}, "ap": {"value": 0.5}, "sensitivity": 0.75, "positives": 9, "n": 90,
+             "note": "not estimable"}  # fmt: skip
+    figure = {"value": 0.8, "low": 0.7, "high": 0.9}
+    whole = {**plain, "label": "B", "auroc": figure, "sensitivity": figure, "note": ""}
+    group = {"variable": "view", "group": "AP", "label": "B", "n": 1200, "positives": 7, "auroc": figure, "note": ""}
+    metrics = {"kind": "classify", "mode": "frozen", "split": "test", "synthetic": False, "patients": 1500,
+               "labels_used": "9 patients", "table": [plain, whole], "subgroups": [group],
+               "sentences": ["B is read off the view."]}  # fmt: skip
+    card = evaluation_table(metrics)
+    assert "| A | - | 0.500 | 0.750 | 9 of 90 | not estimable |" in card and "1,500 patients" in card
+    assert "| B | 0.800 (0.700 to 0.900) | 0.500 | 0.800 (0.700 to 0.900) | 9 of 90 |  |" in card
+    assert "* B is read off the view." in card and "| B | view | AP | 7 of 1,200 | 0.800 (0.700 to 0.900) |" in card
 
 
 def test_the_published_recipe_makes_the_same_run(hub, pretrained, tmp_path):

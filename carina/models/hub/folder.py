@@ -22,8 +22,9 @@ from carina.models.export import (
     write_onnx,
 )
 from carina.models.hub.card import backbone_card, predictor_card
+from carina.models.hub.results import evaluation_table
 from carina.models.hub.scan import findings
-from carina.models.hub.sections import Told, evaluation_table
+from carina.models.hub.sections import Told
 from carina.models.predictor import FILE as PREDICTOR
 from carina.models.predictor import Predictor, load_predictor
 
@@ -177,7 +178,7 @@ def _formats(
             write_onnx(folder / ONNX, graph, facts)
         except CarinaError as error:
             if onnx:
-                raise
+                raise CarinaError(f"{error}; or leave onnx=true out") from None
             say(f"no {ONNX}: {error}")
         else:
             sides = "; ".join(f"`{name}` (N, 1, {side}, {side})" for name, side in graph.inputs.items())
@@ -185,10 +186,15 @@ def _formats(
     return formats
 
 
+def read_sums(folder: Path) -> dict[str, str]:
+    """SHA256SUMS of a published folder: name -> checksum."""
+    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
 def verify(folder: Path, whole: bool = True) -> None:
     """Check SHA256SUMS of a published folder; without `whole` files may be absent, as where only some were fetched."""
-    for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
+    for name, digest in read_sums(folder).items():
         if not whole and not (folder / name).is_file():
             continue
         if not (folder / name).is_file() or sha256(folder / name) != digest:

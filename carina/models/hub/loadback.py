@@ -60,23 +60,23 @@ def _expected(artefact: Artefact, folder: Path) -> tuple[dict[str, np.ndarray], 
     from carina.models.backbones import Backbone
     from carina.models.export import classifier_network, example_inputs
 
-    graph, model = artefact.graph, artefact.model
+    graph, model = artefact.graph.eval(), artefact.model
     given = example_inputs(graph, 2, seed=1)
+    tensors = {name: torch.from_numpy(value) for name, value in given.items()}
     with torch.no_grad():
-        whole = graph.eval()(*(torch.from_numpy(value) for value in given.values())).numpy()
-        backbone = model if isinstance(model, Backbone) else model.members[0].backbone
-        size = backbone.spec.size
-        network = backbone.network.eval()
-        if not isinstance(model, Backbone):
-            if (folder / "config.json").is_file():
-                network = classifier_network(model)[0].eval()
-            tensors = {name: torch.from_numpy(value) for name, value in given.items()}
+        if isinstance(model, Backbone):
+            backbone, network = model, model.network
+            whole = backbone(tensors["image"]).numpy()
+        else:
+            backbone = model.members[0].backbone
+            network = classifier_network(model)[0] if (folder / "config.json").is_file() else backbone.network
             scales = {side: tensors[name] for name, side in graph.inputs.items() if name.startswith("image")}
             lungs = {side: tensors[name] for name, side in graph.inputs.items() if name.startswith("lungs")}
             whole = model.scores(scales, lungs)
+        size = backbone.spec.size
         images = torch.from_numpy(np.random.default_rng(1).random((2, 1, size, size), dtype=np.float32))
         normalized = backbone.normalize(images).contiguous()
-        return {**given, NETWORK: normalized.numpy()}, {"network": network(normalized).numpy(), "whole": whole}
+        return {**given, NETWORK: normalized.numpy()}, {"network": network.eval()(normalized).numpy(), "whole": whole}
 
 
 def main(folder: str, inputs: str, outputs: str) -> None:

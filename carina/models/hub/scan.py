@@ -8,8 +8,6 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from carina.models.scorers import SCORERS
 
 _MODEL = r"(README\.md|config\.json|carina\.json|model\.safetensors|scales\.safetensors)"
@@ -42,9 +40,9 @@ TRACES = {
     "a person's name as DICOM writes it": re.compile(r"\b[^\W\d_]{2,}\^[^\W\d_]{2,}"),
     "a record number": re.compile(r"\b(?:MRN|PatientID|patient[ _]?id|PAT|ACC)[\s:=#-]{0,3}\d{4,}", re.IGNORECASE),
 }
-HEX, PRINTABLE = b"0123456789abcdef", bytes(range(32, 127))
+HEX, PRINTABLE = b"0123456789abcdefABCDEF", bytes(range(32, 127))
 WORDS = re.compile(rb"[\w.^-]{6,}")
-PIECE = 1 << 24  # bytes that are looked at together
+PIECE = 1 << 22  # bytes that are looked at together, so that they stay in a CPU's cache
 
 
 def findings(
@@ -55,7 +53,7 @@ def findings(
     hashes: keyed hashes of patients and images that the run's manifest holds. names: identifiers in clear, such as the
     names of the owner's files, that no word of the folder may be.
     """
-    wanted = {one.removeprefix("file-").encode() for one in hashes if one}
+    wanted = {one.removeprefix("file-").lower().encode() for one in hashes if one}
     words = {one.encode() for one in names if len(one) >= 6 and any(c.isdigit() for c in one)}
     found: list[str] = []
     for path in sorted(folder.rglob("*")):
@@ -85,7 +83,7 @@ def _file(path: Path, name: str, hashes: set[bytes], words: set[bytes]) -> Itera
         for kind, signatures in HIDDEN.items():
             if any(data.find(one) >= 0 for one in signatures):
                 yield f"holds {kind}"
-        if hashes and any(run in hashes for run in _runs(data, HEX, 12)):
+        if _holds_hash(data, hashes):
             yield "holds the hash of a patient or image of the training data"
         if name.endswith(TEXTS):
             yield from _text(data[:], words)
@@ -97,19 +95,32 @@ def _file(path: Path, name: str, hashes: set[bytes], words: set[bytes]) -> Itera
             yield from _text(b"\n".join(_runs(data, PRINTABLE, 16)), words, names=False)
 
 
+def _holds_hash(data: mmap.mmap, hashes: set[bytes]) -> bool:
+    """Whether any of `hashes` stands in the data, also within a longer run of hexadecimal digits."""
+    lengths = sorted({len(one) for one in hashes})
+    return bool(lengths) and any(
+        run[start : start + length].lower() in hashes
+        for run in _runs(data, HEX, lengths[0])
+        for length in lengths
+        for start in range(len(run) - length + 1)
+    )
+
+
 def _runs(data: mmap.mmap, allowed: bytes, least: int) -> Iterator[bytes]:
     """Every run of at least `least` of the `allowed` bytes (of less than 1 KiB at the border of two pieces).
 
-    A search by pattern takes ten times as long.
+    A search for a long row of equal bytes skips most of what it searches: a pattern takes thirty times as long.
     """
-    table = np.zeros(256, dtype=bool)
-    table[list(allowed)] = True
+    table = bytes(byte in allowed for byte in range(256))
+    row = b"\1" * least
     for start in range(0, len(data), PIECE):
         piece = data[start : start + PIECE + 1024]
-        others = np.flatnonzero(~table[np.frombuffer(piece, dtype=np.uint8)])
-        edges = np.concatenate([[-1], others, [len(piece)]])
-        for place in np.flatnonzero(np.diff(edges) > least):
-            yield piece[edges[place] + 1 : edges[place + 1]]
+        kinds = piece.translate(table)
+        place = kinds.find(row)
+        while place >= 0:
+            end = kinds.find(b"\0", place) % (len(kinds) + 1)  # where none follows, the end of the piece
+            yield piece[place:end]
+            place = kinds.find(row, end)
 
 
 def _text(data: bytes, words: set[bytes], names: bool = True) -> Iterator[str]:

@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
+from carina import __version__
 from carina.models.hub.clauses import Clause
+from carina.models.hub.words import METHODS, labeled, methods
 
 NOT_A_DEVICE = (
     "This is research software output, **not a medical device**. It has not been cleared by any authority and must not "
@@ -30,7 +32,8 @@ class Told:
 
     results: Markdown tables of evaluations. audits: entries of their `audits` (name, sentence). formats: file or package ->
     what it gives. confirmed: clauses that the publisher confirmed. environment: of the run. backbone: what a predictor
-    began with, where its name is public. watts: of one process, None for the usual figure of its device.
+    began with, where its name is public. rows_chosen: by a condition. watts: of one process, None for the usual figure
+    of its device.
     """
 
     license: str | None = None
@@ -41,19 +44,22 @@ class Told:
     confirmed: Sequence[Clause] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
     backbone: str = "BACKBONE"
+    rows_chosen: bool = False
     watts: float | None = None
 
 
 NOTHING_MORE = Told()
 
 
-def front_matter(library: str, tags: list[str], license: str | None) -> list[str]:
+def front_matter(library: str, tags: list[str], told: Told, task: str | None = None) -> list[str]:
+    """What the hub reads: task is one of its own names, where the weights do what it means by that."""
     head: dict[str, Any] = {"library_name": library, "tags": [*tags, "chest-x-ray", "carina"]}
-    if "image-feature-extraction" in tags:
-        head["pipeline_tag"] = "image-feature-extraction"
-    if license:
-        known = license.lower() in HUB_LICENSES
-        head |= {"license": license.lower()} if known else {"license": "other", "license_name": license}
+    head |= {"pipeline_tag": task} if task else {}
+    head |= {"base_model": told.backbone.removeprefix("hub:")} if told.backbone.startswith("hub:") else {}
+    if told.license:
+        known = told.license.lower() in HUB_LICENSES
+        own = {"license": "other", "license_name": told.license}
+        head |= {"license": told.license.lower()} if known else own
     return ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---"]
 
 
@@ -85,10 +91,6 @@ def numbers(values: Iterable[float]) -> str:
     return ", ".join(f"{value:g}" for value in dict.fromkeys(values))
 
 
-def settings(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in values.items())
-
-
 def other_uses(told: Told, carina: str) -> list[str]:
     if not told.formats:
         return []
@@ -103,7 +105,8 @@ def purpose(intended: str) -> list[str]:
         f"Intended: {intended}.",
         "",
         "Out of scope: clinical use of any kind, decisions about a person, other body parts, lateral views and age groups "
-        "unless the data below hold them, images prepared otherwise, and the re-identification of persons.",
+        "unless the data below hold them, images prepared otherwise, the re-identification of persons, and claims about a "
+        "hospital whose own images were not measured.",
         "",
     ]
 
@@ -132,28 +135,53 @@ def _age(row: Mapping[str, Any]) -> str:
     return f"median {row['age_median']:.0f}, {row['age_range'][0]:.0f} to {row['age_range'][1]:.0f}"
 
 
-def label_table(labels: Mapping[str, Mapping[str, int]] | None) -> list[str]:
-    if not labels:
+def label_table(data: Mapping[str, Any]) -> list[str]:
+    """Counts of labels and how they came about; what their readers or text miners missed is missing in them too."""
+    if not data.get("labels"):
         return []
     return [
-        "Labels are those of the sources named, as their owners published them; what their readers or text miners missed "
-        "is missing here.",
+        "### Labels",
+        "",
+        "As the owners of the sources published them; what their readers or text miners missed is missing here:",
+        "",
+        *labeled(data.get("origins", {}), data["source"]),
         "",
         "| label | positive | negative | uncertain | unknown |",
         "| --- | ---: | ---: | ---: | ---: |",
-        *(f"| {name} | " + " | ".join(f"{n:,}" for n in row.values()) + " |" for name, row in labels.items()),
+        *(f"| {name} | " + " | ".join(f"{n:,}" for n in row.values()) + " |" for name, row in data["labels"].items()),
         "",
     ]
 
 
 def pretraining(facts: Mapping[str, Any]) -> list[str]:
-    data, pretexts = facts["data"], ", ".join(facts.get("pretexts", {})) or "unknown pretexts"
+    """What the backbone of a predictor was pretrained on, and how."""
+    data, training = facts["data"], facts.get("training", {})
+    steps = (
+        f"{training['steps']:,} steps, {training['images_seen']:,} images seen, " if "images_seen" in training else ""
+    )
     return [
-        f"The backbone was pretrained ({pretexts}) on {data['images']:,} images of {data['patients']:,} patients:",
+        "### Pretraining of the backbone",
+        "",
+        f"{data['images']:,} images of {data['patients']:,} patients; method: "
+        f"{methods(facts.get('pretexts', {})) or 'not recorded'}; began with: {facts.get('init', 'not recorded')}; labels "
+        f"used: {facts.get('labels_used', 'not recorded')}; {steps}{training.get('hours', 0):.2f} hours on "
+        f"{training.get('world_size', 1)} process(es).",
         "",
         *source_table(data),
         "",
     ]
+
+
+def terms(origins: Mapping[str, Any], confirmed: Sequence[Clause]) -> list[str]:
+    lines = [terms_line(name, origin, confirmed) for name, origin in origins.items()]
+    return ["### Terms of the sources", "", "As carina knows them; the owner's own text decides.", "",
+            *(lines or ["* Not recorded."]), ""]  # fmt: skip
+
+
+def stores(record: Mapping[str, Any]) -> list[str]:
+    hashes = ", ".join(record.get("store_hashes") or []) or "not recorded"
+    shown = "pixels of the largest scale and settings; `carina inspect STORE` shows them"
+    return [f"Fingerprints of the stores ({shown}): {hashes}.", ""]
 
 
 def terms_line(name: str, origin: Mapping[str, Any], confirmed: Sequence[Clause] = ()) -> str:
@@ -182,8 +210,9 @@ def effort(training: Mapping[str, Any], told: Told) -> str:
     source = "the publisher's figure" if told.watts else "a usual figure"
     energy = hours * world * watts / 1000
     shown = f"about {energy:.2g} kWh" if energy >= 0.001 else "under 0.001 kWh"
+    took = f"{hours:.2f} hours" if hours >= 0.01 else "under 0.01 hours"
     return (
-        f"{hours:.2f} hours on {world} process(es) ({device}); energy {shown}, an estimate from hours x {watts:g} W a "
+        f"{took} on {world} process(es) ({device}); energy {shown}, an estimate from hours x {watts:g} W a "
         f"process ({source}), not measured"
     )
 
@@ -196,9 +225,9 @@ def watched(watch: Mapping[str, Any] | None) -> list[str]:
     return [f"* Watched while it trained: {watch['verdict']}" + "".join(f", {figure}" for figure in figures)]
 
 
-def results(told: Told) -> list[str]:
-    lines = ["## Results", ""]
-    for table in told.results or ["Not evaluated yet."]:
+def results(told: Told, of_what: str = "") -> list[str]:
+    lines = ["## Results", "", *([of_what, ""] if of_what and told.results else [])]
+    for table in told.results or ["Not evaluated yet: nothing is known here of what these weights are worth."]:
         lines += [table, ""]
     lines += ["## Audits and known shortcuts", ""]
     if told.audits:
@@ -210,23 +239,31 @@ def results(told: Told) -> list[str]:
 
 
 def limits(record: Mapping[str, Any]) -> list[str]:
+    kept = "Queues, prototypes, decoders and every memory of features stay with the owner"
+    if remembers(record):
+        kept = "Beyond that, the scorer holds features of single patients"
     return [
         "## Limits",
         "",
         "* Memorization: networks trained on patients' images can memorize parts of them, and whoever holds the weights may "
-        "learn whether a given image was among them. Queues, prototypes, decoders and every memory of features stay with "
-        "the owner; nothing here was tested against such attacks.",
+        f"learn whether a given image was among them. {kept}; nothing here was tested against such attacks.",
         "* Performance differs between hospitals, machines, views and groups of patients; measure it on your own.",
         *(["* Figures on synthetic images say nothing about patients."] if record["synthetic"] else []),
         "",
     ]
 
 
-def prepare_command(record: Mapping[str, Any]) -> str:
-    settings = {**record["photometry"], **record["geometry"]}
-    scales = record.get("scales") or sorted({member["scale"] for member in record["members"]})
-    given = " ".join(f"{key}={value}" for key, value in settings.items())
-    return f"carina prepare SOURCE out=STORE scales=[{','.join(map(str, scales))}] {given}"
+def remembers(record: Mapping[str, Any]) -> bool:
+    return any(member.get("scorer", {}).get("memory") for member in record.get("members", ()))
+
+
+def citing(pretexts: Mapping[str, float]) -> list[str]:
+    lines = [
+        f"* carina {__version__}: self-supervised pretraining, few-label fine-tuning and honest evaluation for chest X-rays",
+        "* the sources above, by the citation at each",
+        *(f"* {METHODS[name]}" for name in pretexts if name in METHODS),
+    ]
+    return ["## How to cite", "", *lines, ""]
 
 
 def license_section(license: str | None, upstream: str) -> list[str]:
@@ -247,27 +284,3 @@ def stack_lines(info: Mapping[str, Any]) -> list[str]:
         "| --- |" + " ---: |" * len(scales),
         *(f"| {label} | " + " | ".join(f"{w:.2f}" for w in row) + " |" for label, row in info["stack"].items()),
     ]
-
-
-def evaluation_table(metrics: Mapping[str, Any]) -> str:
-    """metrics.json of an evaluation as Markdown: AUROC with its interval, average precision, counts."""
-    rows = [
-        "| label | AUROC (95 % interval) | average precision | positives | note |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in metrics["table"]:
-        auroc, ap = row["auroc"], row["ap"]["value"]
-        if auroc["value"] is None:
-            rows.append(f"| {row['label']} | - | - | {row['positives']} of {row['n']} | {row['note']} |")
-            continue
-        span = "" if auroc["low"] is None else f" ({auroc['low']:.3f}-{auroc['high']:.3f})"
-        rows.append(
-            f"| {row['label']} | {auroc['value']:.3f}{span} | {'-' if ap is None else f'{ap:.3f}'} | {row['positives']} of "
-            f"{row['n']} | {row['note']} |"
-        )
-    pooled = f", {metrics['level']} level ({metrics['pool']})" if metrics.get("pool") else ""
-    title = f"{metrics['kind']}, mode {metrics['mode']}, split `{metrics['split']}`{pooled}"
-    title += " (*synthetic*)" if metrics["synthetic"] else ""
-    about = [f"{title}, {metrics['patients']} patients; labels used: {metrics['labels_used']}."]
-    about += [metrics["overlap_sentence"]] if metrics.get("overlap_sentence") else []
-    return " ".join(about) + "\n\n" + "\n".join(rows)

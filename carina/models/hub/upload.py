@@ -8,6 +8,7 @@ from typing import Any
 
 from carina import __version__
 from carina.errors import CarinaError
+from carina.models.hub.folder import read_sums
 
 TRIES = 4
 WAIT = 2.0  # seconds before the second try, doubled each time
@@ -67,12 +68,11 @@ def _passing(error: Exception) -> bool:
 
 def _check_arrived(api: Any, repo: str, folder: Path) -> None:
     """Every file is there with its size and, where the hub tells, its checksum."""
-    from carina.files import sha256
-
+    sums = read_sums(folder)
     there = {item.path: item for item in api.list_repo_tree(repo, recursive=True) if hasattr(item, "size")}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         item = there.get(name)
         stored = getattr(getattr(item, "lfs", None), "sha256", None)
-        if item is None or item.size != path.stat().st_size or (stored and stored != sha256(path)):
+        if item is None or item.size != path.stat().st_size or (stored and stored != sums[name]):
             raise CarinaError(f"{name} did not arrive whole at {repo}; give the command again")
