@@ -84,7 +84,7 @@ def speed(arguments: Arguments) -> dict[str, Any]:
             "loop_seconds": seconds * arguments.resamples,
             "ratio": seconds / ours,
             "largest_gap": float(np.abs(again.boot[:, 0] - loop).max()),
-            "passed": seconds / ours >= BARS[name] and np.abs(again.boot[:, 0] - loop).max() < 1e-9,
+            "passed": bool(seconds / ours >= BARS[name] and np.abs(again.boot[:, 0] - loop).max() < 1e-9),
         }
     return result
 
@@ -109,7 +109,7 @@ def delong_speed(count: int = 100_000, small: int = 4000) -> dict[str, Any]:
         "quadratic_seconds": theirs,
         "ratio": theirs / ours,
         "largest_gap": float(gap),
-        "passed": theirs / ours >= BARS["delong"] and gap < 1e-9,
+        "passed": bool(theirs / ours >= BARS["delong"] and gap < 1e-9),
     }
 
 

@@ -140,7 +140,6 @@ def test_trained_maps_point_at_the_lesion_and_randomized_ones_do_not(spotted):
     assert pointing_game(draws[0][0]["maps"], places).mean() >= 0.7
     random = np.mean([pointing_game(steps[-1]["maps"], places).mean() for steps in draws])
     similarity = np.mean([steps[-1]["similarity"] for steps in draws])
-    print(pointing_game(draws[0][0]["maps"], places).mean(), random, similarity, places.mean())
     assert random < 0.4 and abs(similarity) < 0.4, (random, similarity)
     assert all(torch.equal(a, b) for a, b in zip(before, member.state_dict().values()))
     again = sanity(member, pictures[:4], 0)
