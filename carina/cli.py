@@ -159,6 +159,8 @@ def _publish(args, positionals, overrides):
 def _inspect(args, positionals, overrides):
     if overrides:
         result = _looked_at(positionals[0], overrides)
+        if not args.json and (rows := result.get("neighbors") or result.get("fields")):
+            _show(_listed(rows))
     else:
         from carina.inspect import inspect
 
@@ -166,6 +168,16 @@ def _inspect(args, positionals, overrides):
     if not args.json:
         _say_pairs(result)
     return result
+
+
+def _listed(rows):
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(*names)
+    for row in rows:
+        table.add_row(*(str(row[name]) if row.get(name) is not None else "" for name in names))
+    return table
 
 
 def _looked_at(path, overrides):
