@@ -1,7 +1,7 @@
 """Explanations: do heat maps find lesions, and do they depend on what was learned?
 
-    python benchmarks/explain.py [findings=[Opacity,Effusion]] [primary=Opacity] [patients=2400] [size=64] [steps=1000]
-                                 [parts=[maps,fields]] [out=FILE.json]
+    python benchmarks/explain.py [findings=[Opacity,Effusion]] [primary=Opacity] [patients=2400] [phantoms=12] [size=64]
+                                 [steps=1000] [parts=[maps,fields]] [out=FILE.json]
 
 On synthetic radiographs, half of the patients with one finding whose place is known. For each finding a network is trained
 on the images alone, places unseen, and judged on other patients by the pointing game
@@ -17,45 +17,33 @@ The receptive fields are those of k stacked 3x3 convolutions, whose width must b
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import pandas as pd
-import timm
-import torch
 from common import console, script
+from lesions import Drawn, boxes_of, scored, trained
 from matplotlib.figure import Figure
 from pydantic import Field
 from rich.table import Table
 from scipy.ndimage import gaussian_gradient_magnitude
 from torch import nn
 
-from carina.data.store import Selection
-from carina.draws import hash64, permutation
+from carina.draws import permutation
 from carina.evaluate.explain import heat_maps, sanity
 from carina.evaluate.receptive import receptive_fields, theoretical_field
 from carina.files import atomic_path, write_json
-from carina.finetune.classify import Classification
-from carina.finetune.recipe import FinetuneRecipe
 from carina.imaging.phantom import phantom
 from carina.metrics.localization import box_masks, pointing_game
 from carina.metrics.ranking import auroc
-from carina.models.backbones import Backbone, Spec, random_backbone, seeded
-from carina.models.predictor import Member
+from carina.models.backbones import random_backbone
 from carina.progress import Progress
-from carina.recipes import Section, build
-from carina.runs import Run
-from carina.training.engine import Engine
+from carina.recipes import Section
 
 BAR = 0.7  # of the pointing game, by Grad-CAM for the primary finding
 TRAINED = 0.8  # share of the patients
 LOOKED = 32  # images that the sanity check sees
-# small, with the last map at a quarter of the side: a place of it is less than half as wide as a lesion
-NETWORK = ("densenet121", {"in_chans": 1, "block_config": (6,), "growth_rate": 16})
 METHODS = ("gradcam", "integrated_gradients")
 STACKED = (1, 2, 5, 9, 16)
 FIELDS = ("resnet18", "resnet50", "densenet121", "efficientnet_lite0", "convnext_atto")
@@ -66,6 +54,7 @@ class Arguments(Section):
     findings: Annotated[list[Finding], Field(min_length=1)]
     primary: Finding
     patients: Annotated[int, Field(ge=40)]
+    phantoms: int
     size: Annotated[int, Field(ge=32)]
     steps: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=2)]
@@ -80,6 +69,7 @@ DEFAULTS = {
     "findings": ["Opacity", "Effusion"],
     "primary": "Opacity",
     "patients": 2400,
+    "phantoms": 12,  # their seed: all settings were settled on the patients of seed 11
     "size": 64,
     "steps": 1000,
     "batch_size": 32,
@@ -91,80 +81,21 @@ DEFAULTS = {
 }
 
 
-class Drawn(Selection):
-    """Synthetic radiographs in memory: images (N, S, S) uint8, targets (N, 1), boxes in fractions, a patient each."""
-
-    def __init__(self, images: np.ndarray, target: np.ndarray, boxes: list[list[list[float]]]):
-        names = [f"{hash64('drawn', number):016x}" * 2 for number in range(len(images))]
-        table = pd.DataFrame({"image_id": names, "study_id": names, "patient_id": names})
-        super().__init__([SimpleNamespace(scales=[images.shape[1]])], table.assign(lungs_source="none"))
-        self.pixels, self.target, self.boxes = images, target.astype(np.float32)[:, None], boxes
-
-    def images(self, rows: Sequence[int], scale: int) -> np.ndarray:
-        return self.pixels[np.asarray(rows)]
-
-    def masks(self, rows: Sequence[int], scale: int, name: str = "lungs") -> np.ndarray:
-        return np.zeros((len(rows), scale, scale), dtype=bool)
-
-    def part(self, rows: np.ndarray) -> Drawn:
-        return Drawn(self.pixels[rows], self.target[rows, 0], [self.boxes[row] for row in rows])
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        return torch.from_numpy(self.pixels).unsqueeze(1).float() / 255
-
-
-def box_of(mask: np.ndarray) -> list[float]:
-    """Fractions x0, y0, x1, y1 of what a mask covers."""
-    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return (np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]) / mask.shape[0]).tolist()
-
-
-def drawn(finding: str, patients: int, size: int, seed: int = 11) -> tuple[Drawn, np.ndarray]:
+def drawn(finding: str, patients: int, size: int, seed: int) -> tuple[Drawn, np.ndarray]:
     """Every patient once, half with the finding, and the lesions (N, size, size) bool."""
-    images, boxes, masks = [], [], []
+    images, lungs, masks = [], [], []
     with Progress(finding, patients, unit="phantoms") as progress:
         for patient in range(patients):
             shown = phantom(seed, patient, size=size, view="PA", marker=False,
                             findings=(finding,) if patient % 2 else ())  # fmt: skip
-            mask = shown.lesions.get(finding, np.zeros((size, size), dtype=bool))
             images.append(np.round(shown.image * 255).astype(np.uint8))
-            boxes.append([box_of(mask)] if mask.any() else [])
-            masks.append(mask)
+            lungs.append(shown.lungs)
+            masks.append(shown.lesions.get(finding, np.zeros((size, size), dtype=bool)))
             progress.advance()
-    return Drawn(np.stack(images), np.array([bool(own) for own in boxes]), boxes), np.stack(masks)
-
-
-def trained(given: Arguments, finding: str, rows: Drawn) -> Member:
-    """A small network with the head `lse`, trained on whether the finding is there."""
-    name, args = NETWORK
-    with seeded(given.seed, "explain"):
-        plain = timm.create_model(name, num_classes=0, **args)
-    values = rows.pixels / 255
-    spec = Spec(name, size=given.size, mean=(float(values.mean()),), std=(float(values.std()),), args=args)
-    recipe = build(
-        "finetune",
-        FinetuneRecipe,
-        "classify",
-        {
-            "mode": "full",
-            "labels": [finding],
-            "head": {"name": "lse"},
-            "steps": given.steps,
-            "batch_size": given.batch_size,
-            "optim": {"lr": given.lr},
-            "seed": given.seed,
-            "threads": torch.get_num_threads(),
-            "precision": "no",
-            "wandb": "off",
-            "checkpoint_every": given.steps,
-        },
+    boxes = [boxes_of(mask) for mask in masks]
+    return Drawn(np.stack(images), np.stack(lungs), np.array([bool(own) for own in boxes]), boxes, finding), np.stack(
+        masks
     )
-    work = Classification(Backbone(plain, spec), recipe, rows, rows.target)
-    engine = Engine(work, rows, recipe, scales=[given.size], targets=rows.target, quiet=True)
-    with tempfile.TemporaryDirectory() as folder:
-        engine.fit(Run.start(Path(folder) / "run", "finetune", recipe, quiet=True))
-    return Member(work.backbone, given.size, work.head, None).eval().cpu()
 
 
 def pointed(maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
@@ -178,7 +109,7 @@ def pointed(maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
 
 
 def judged(given: Arguments, finding: str, panels: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    every, lesions = drawn(finding, given.patients, given.size)
+    every, lesions = drawn(finding, given.patients, given.size, given.phantoms)
     order = permutation(given.patients, "explain", finding)
     cut = round(TRAINED * given.patients)
     train, test = every.part(order[:cut]), every.part(order[cut:])
@@ -187,10 +118,8 @@ def judged(given: Arguments, finding: str, panels: list[dict[str, Any]]) -> list
     exact = lesions[order[cut:]][sick]
     edges = np.stack([gaussian_gradient_magnitude(image[0].numpy(), 1.0) for image in images])
     rows, chance = [], float(boxes.mean())
-    member = trained(given, finding, train)
-    with torch.no_grad():
-        scores = torch.cat([member.logits(part)[:, 0] for part in test.tensor.split(256)]).double().numpy()
-    area = auroc(test.target[:, 0], scores)
+    member = trained(train, given.seed, given.steps, given.batch_size, given.lr)
+    area = auroc(test.target[:, 0], scored(member, test.tensor))
     for method in METHODS:
         maps = np.concatenate([heat_maps(member, part, 0, method=method) for part in images.split(64)])
         draws = [sanity(member, images[:LOOKED], 0, method=method, seed=seed) for seed in range(given.draws)]
