@@ -6,8 +6,9 @@
 Each backbone is frozen and probed in patient folds (`carina finetune classify folds=`), the folds' scores are pooled and
 evaluated (`carina evaluate split=fold`); runs that are in `work` already are taken as they are. Every row is of one label:
 AUROC over all images, over pairs of one view, within each view, and the paired difference of the first two, patients
-resampled. The rows `view alone` rank by the view and nothing else, by the share of positives in it: what a model could get
-without looking at a lung.
+resampled. `among negatives` is the AUROC of being of the view in which the label is more frequent, by the scores of images
+without it: above 0.5 the score knows the view. The rows `view alone` rank by the view and nothing else, by the share of
+positives in it: what a model could get without looking at a lung.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def work(given: Arguments) -> None:
         for label, entry in mixed.items():
             figures = {"overall": entry["overall"], "within": entry["within"], **entry["groups"]}
             rows.append({"backbone": backbone, "label": label, **figures, "difference": entry["difference"],
-                         "prevalence": entry["prevalence"], "p_corrected": entry["p_corrected"]})  # fmt: skip
+                         "among_negatives": entry["among_negatives"], "prevalence": entry["prevalence"],
+                         "p_corrected": entry["p_corrected"]})  # fmt: skip
             sentences[f"{backbone}, {label}"] = entry["sentence"]
     rows += [
         {"backbone": "view alone", "label": label, "overall": view_alone(frame, label, given.resamples)}
@@ -94,18 +96,19 @@ def work(given: Arguments) -> None:
     table = Table(
         title=f"{result['images']} images of {result['patients']} patients, {given.folds} patient folds pooled"
     )
-    for name in ("backbone", "label", "overall", "within a view", *views, "overall - within", "p (Holm)"):
+    names = ["backbone", "label", "overall", "within a view", *views, "overall - within", "p (Holm)", "among negatives"]
+    for name in names:
         table.add_column(name)
     for row in rows:
         cells = [_told(row.get(name)) for name in ("overall", "within", *views)]
         p = row.get("p_corrected")
         table.add_row(row["backbone"], row["label"], *cells, _told(row.get("difference"), "+"),
-                      "" if p is None else f"{p:.4f}")  # fmt: skip
+                      "" if p is None else f"{p:.4f}", _told(row.get("among_negatives")))  # fmt: skip
     if given.out:
         counts = {name: result[name] for name in ("images", "patients", "resamples", "store_hashes")}
         settings = {name: value for name, value in given.model_dump().items() if name not in ("store", "work", "out")}
         write_json(Path(given.out), {"settings": settings, **counts, "rows": rows, "sentences": sentences})
-    console(190).print(table)
+    console(220).print(table)
     print(*(f"{name}: {sentence}" for name, sentence in sentences.items()), sep="\n")
 
 
