@@ -18,6 +18,7 @@ from pydantic import Field
 
 from carina.errors import CarinaError
 from carina.evaluate.mcnemar import decision_tests, thresholds_of
+from carina.evaluate.terminal import plain
 from carina.files import read_json
 from carina.metrics.delong import auroc_difference, auroc_interval
 from carina.metrics.intervals import MIN_POSITIVES, Difference, Interval, difference, holm, interval
@@ -275,7 +276,6 @@ def main(
 
 def table(result: dict[str, Any]) -> Any:
     """The result of `compare` as a `rich.table.Table` for the terminal."""
-    from rich.markup import escape
     from rich.table import Table
 
     def three(value: float | None, sign: str = "") -> str:
@@ -284,7 +284,7 @@ def table(result: dict[str, Any]) -> Any:
     synthetic = "synthetic images; " if result["synthetic"] else ""
     shown = Table(
         title=f"a - b on {result['images']} images of {result['patients']} patients",
-        caption=f"{synthetic}primary: {escape(result['primary'])}; the other rows are exploratory, their p-values "
+        caption=f"{synthetic}primary: {plain(result['primary'])}; the other rows are exploratory, their p-values "
         f"corrected (Holm); {result['resampled']} resampled {result['resamples']} times"
         + (", AUROC by label from its variance (DeLong)" if result["method"] == "delong" else ""),
     )
@@ -301,7 +301,7 @@ def table(result: dict[str, Any]) -> Any:
         else:
             verdict = "cannot tell"
         shown.add_row(
-            escape(row["label"]),
+            plain(row["label"]),
             "AUROC" if row["metric"] == "auroc" else "AP",
             three(row["a"]["value"]),
             three(row["b"]["value"]),

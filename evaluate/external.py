@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from carina.data.splits import patient_folds
 from carina.data.store import Selection
-from carina.evaluate.numbers import Scored, figure, listed
+from carina.evaluate.numbers import FEWEST, Scored, figure, listed
 from carina.metrics.intervals import MIN_POSITIVES
 from carina.metrics.reliability import calibration_line, recalibrated, recalibration, replicate_calibration
 from carina.models.hub.clauses import origins_of
@@ -71,32 +71,43 @@ def _relation(source: str, names: set[str], trained: Mapping[str, set[str]]) -> 
 
 
 def external(
-    scored: Scored, selection: Selection, people: np.ndarray, info: Mapping[str, Any], overlap: Mapping[str, Any]
-) -> dict[str, Any]:
+    scored: Scored, selection: Selection, shift: list[dict[str, Any]], people: np.ndarray, info: Mapping[str, Any],
+    overlap: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     """kind and sentence, the shift of every label's prevalence, and recalibration where the test is not internal.
 
-    people: (N,) whom images are kept together by, linked patients.
+    shift: of `prevalence_shift`. people: (N,) whom scored units are kept together by, linked patients.
     """
     kind, sentence = kind_of_test(selection, info, overlap)
-    shift = prevalence_shift(scored)
     mended = recalibrations(scored, people) if kind != "internal" and scored.probabilities else []
     return {"kind": kind, "sentence": sentence, "shift": shift, "recalibration": mended}
 
 
-def prevalence_shift(scored: Scored) -> list[dict[str, Any]]:
-    """Share of positives among the known images in training and here, by label; None where nothing is known."""
+def prevalence_shift(
+    labels: Sequence[str],
+    targets: np.ndarray,
+    patients: np.ndarray,
+    train_counts: Mapping[str, Mapping[str, int]] | None,
+) -> list[dict[str, Any]]:
+    """Share of positives among the known images in training and here, by label.
+
+    targets: (images, L) of 0, 1 or NaN, of images even where studies or patients are scored: a patient of many images is
+    positive more often than one image of his. patients: (images,). None where nothing is known, with fewer than 20 patients
+    here, and with fewer than 20 images in training.
+    """
     rows = []
-    for label, target in zip(scored.labels, scored.targets.T):
-        counts = (scored.train_counts or {}).get(label)
-        trained = counts["positive"] + counts["negative"] if counts else None
-        known = int((~np.isnan(target)).sum())
+    for label, target in zip(labels, targets.T):
+        counts = (train_counts or {}).get(label)
+        trained = counts["positive"] + counts["negative"] if counts else 0
+        known = ~np.isnan(target)
+        enough, before = len(set(patients[known])) >= FEWEST, trained >= FEWEST
         rows.append(
             {
                 "label": label,
-                "train_prevalence": counts["positive"] / trained if trained else None,
-                "test_prevalence": float((target == 1).sum() / known) if known else None,
-                "train_n": trained,
-                "test_n": known,
+                "train_prevalence": counts["positive"] / trained if before else None,
+                "test_prevalence": float((target[known] == 1).mean()) if enough else None,
+                "train_n": trained if before else None,
+                "test_n": int(known.sum()) if enough else None,
             }
         )
     return rows

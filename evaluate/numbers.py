@@ -12,16 +12,18 @@ import pandas as pd
 
 from carina.errors import CarinaError, nearest
 from carina.metrics.decisions import net_benefit
-from carina.metrics.intervals import MIN_POSITIVES, interval
+from carina.metrics.intervals import MIN_POSITIVES, holm, interval, p_value_against
 from carina.metrics.ranking import false_positive_rate
 from carina.metrics.reliability import BINS, calibration_line, reliability, replicate_calibration
 from carina.metrics.resampling import Replicates, replicate
-from carina.metrics.strata import by_group, within_groups
+from carina.metrics.strata import by_group, pairs_by_group, within_groups
 from carina.metrics.thresholds import AT_PREVALENCE, NAMES, replicate_decisions
 
 MACRO = "macro"
 # by positives in training (Holste et al., DALI 2022, cut NIH and MIMIC there)
 HEAD, TAIL = 1000, 100
+ALPHA = 0.05
+FEWEST = 20  # patients of a group whose figures are told: of fewer they would say what single ones have
 TREATED = np.arange(0.01, 1, 0.01)  # probabilities at which one would act, of decision curves
 CALIBRATION = ("brier", "ece", "calibration_slope", "calibration_intercept")
 
@@ -32,7 +34,7 @@ class Scored:
     bool by each fit's own thresholds or None, facts (N rows: view, sex, age, manufacturer, source), fits (N,) numbers.
 
     thresholds: by label, where there is one fit. probabilities: whether scores are. train_counts: images in training by
-    label (positive, negative), None where they are not known.
+    label (positive, negative), None where they are not known. unit: what is scored, in the plural.
     """
 
     labels: list[str]
@@ -47,6 +49,7 @@ class Scored:
     train_counts: dict[str, dict[str, int]] | None
     resamples: int
     seed: int
+    unit: str = "images"
 
     def measured(self, metric: str, targets: np.ndarray | None = None) -> Replicates:
         targets = self.targets if targets is None else targets
@@ -105,11 +108,21 @@ def metric_table(scored: Scored, prevalence: float | dict[str, float] | None = N
             scored.targets, scored.scores, scored.patients, scored.resamples, scored.seed, BINS
         )
     rows = [_row(scored, column, decided, calibrated, stated) for column in range(len(scored.labels))]
+    for row, p in zip(rows, _chance(scored, rows)):
+        row["p_chance"] = None if np.isnan(p) else float(p)
     if len(rows) == 1:
         return rows
-    empty = dict.fromkeys((*CALIBRATION, *NAMES, "threshold", "fpr95", "at_prevalence"))
+    empty = dict.fromkeys(
+        (*CALIBRATION, *NAMES, "positives", "unknown", "threshold", "fpr95", "at_prevalence", "p_chance")
+    )
     macro = {**_start(scored, None), **empty, "one_class": all(row["one_class"] for row in rows)}
     return [macro, *rows]
+
+
+def _chance(scored: Scored, rows: Sequence[dict[str, Any]]) -> np.ndarray:
+    """(L,) p-values of ranking by chance, AUROC 0.5, corrected over the labels that can be estimated (Holm)."""
+    sure = [row["auroc"]["estimable"] for row in rows]
+    return holm(np.array([p_value_against(scored.auroc, 0.5, c) if ok else np.nan for c, ok in enumerate(sure)]))
 
 
 def _start(scored: Scored, column: int | None) -> dict[str, Any]:
@@ -181,7 +194,7 @@ def averages(scored: Scored) -> list[dict[str, Any]]:
             "name": "micro",
             "labels": scored.labels,
             "left_out": [],
-            "words": "all pairs of an image and a label ranked together, so frequent labels count more and scores of "
+            "words": f"every label of all {scored.unit} ranked together, so frequent labels count more and scores of "
             "different labels must mean the same",
             "auroc": figure(pooled[0], 0),
             "ap": figure(pooled[1], 0),
@@ -206,9 +219,12 @@ def _average(scored: Scored, name: str, chosen: np.ndarray, usable: np.ndarray, 
 
 def _by_frequency(scored: Scored, usable: np.ndarray) -> list[dict[str, Any]]:
     if scored.train_counts is not None:
-        counts, where = [scored.train_counts[label]["positive"] for label in scored.labels], "training"
+        counts, where = [scored.train_counts[label]["positive"] for label in scored.labels], "images in training"
     else:
-        counts, where = (scored.targets == 1).sum(axis=0), "this test (those in training are not known)"
+        counts, where = (
+            (scored.targets == 1).sum(axis=0),
+            f"{scored.unit} in this test (those in training are not known)",
+        )
     counts = np.asarray(counts)
     bands = {
         "head": (counts > HEAD, f"more than {HEAD:,}"),
@@ -218,7 +234,7 @@ def _by_frequency(scored: Scored, usable: np.ndarray) -> list[dict[str, Any]]:
     if sum(chosen.any() for chosen, _ in bands.values()) < 2:
         return []
     return [
-        _average(scored, name, chosen, usable, f"the mean over labels with {bounds} positive images in {where}")
+        _average(scored, name, chosen, usable, f"the mean over labels with {bounds} positive {where}")
         for name, (chosen, bounds) in bands.items()
         if chosen.any()
     ]
@@ -265,8 +281,8 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
 
 
-def sentences_of_table(table: Sequence[dict[str, Any]], probabilities: bool = True) -> list[str]:
-    """Which labels have one class, too few patients, or (of probabilities) rank below chance."""
+def sentences_of_table(table: Sequence[dict[str, Any]], probabilities: bool = True, unit: str = "images") -> list[str]:
+    """Which labels have one class, too few patients, or (of probabilities) rank below chance, many labels allowed for."""
     rows = [row for row in table if row["label"] != MACRO]
     single = [row["label"] for row in rows if row["one_class"]]
     few = [row["label"] for row in rows if not row["one_class"] and not row["auroc"]["estimable"]]
@@ -280,9 +296,10 @@ def sentences_of_table(table: Sequence[dict[str, Any]], probabilities: bool = Tr
             f"{listed(few)}. Their figures are shown and should not be relied on."
         )
     words += [
-        f"{row['label']} ranks below chance, AUROC {told(row['auroc'])}: images with it get lower scores than others, so "
-        "the model reads something that here goes with its absence."
+        f"{row['label']} ranks below chance, AUROC {told(row['auroc'])}: {unit} with it get lower scores than others, so "
+        "the model may read something that here goes with its absence."
         for row in low
+        if row["p_chance"] < ALPHA
     ]
     return words
 
@@ -292,10 +309,11 @@ def sentence_of_fits(scored: Scored) -> str:
     parts = by_group(
         scored.targets, scored.scores, scored.fits, scored.patients, "auroc", scored.resamples, scored.seed
     )
-    within = within_groups(scored.targets, parts, scored.auroc, scored.fits, scored.patients)
+    pairs = pairs_by_group(scored.targets, scored.fits, scored.patients, scored.resamples, scored.seed)
+    within = within_groups(parts, pairs, scored.auroc)
     found = figure(within, 0 if len(scored.labels) == 1 else None)
     text = (
-        f"Scores of {len(parts)} fits are pooled as they are: each image is scored by the fit that never saw its patient, "
-        "and pairs of images of two fits count, so a difference of scale between fits costs AUROC."
+        f"Scores of {len(parts)} fits are pooled as they are: each is of the fit that never saw its patient, "
+        f"and pairs of {scored.unit} of two fits count, so a difference of scale between fits costs AUROC."
     )
     return text + (f" Over pairs of one fit alone it is {told(found)}." if found["value"] is not None else "")

@@ -19,7 +19,7 @@ from carina.data.store import Selection, select
 from carina.errors import CarinaError
 from carina.evaluate import anomaly, audits
 from carina.evaluate.audits.common import AuditSettings
-from carina.evaluate.external import external, shift_sentences
+from carina.evaluate.external import external, prevalence_shift, shift_sentences
 from carina.evaluate.numbers import (
     Scored,
     averages,
@@ -34,7 +34,7 @@ from carina.evaluate.report import build_report
 from carina.evaluate.report.content import report_content
 from carina.evaluate.report.figures import stack_chart
 from carina.evaluate.scales import scale_table
-from carina.evaluate.studies import Level, Pool, Pooling
+from carina.evaluate.studies import UNITS, Level, Pool, Pooling
 from carina.evaluate.subgroups import confounders, grouped, subgroups, telling, too_coarse, worst
 from carina.files import atomic_path, read_json, write_json, write_table
 from carina.metrics.ranking import BELOW_CHANCE
@@ -184,11 +184,14 @@ def scored_units(frames: Sequence[pd.DataFrame], done: Sequence[tuple], recipe: 
         train_counts=known,
         resamples=recipe.resamples,
         seed=recipe.seed,
+        unit=UNITS[recipe.level],
     )
 
 
-def data_flow(scored: Scored, done: Sequence[tuple], recipe: EvaluateRecipe) -> list[dict[str, Any]]:
-    """How the scored rows were chosen, step by step: images and patients left after each."""
+def data_flow(
+    scored: Scored, targets: np.ndarray, done: Sequence[tuple], recipe: EvaluateRecipe
+) -> list[dict[str, Any]]:
+    """How the scored rows were chosen, step by step: images and patients left after each. targets: of the images."""
     stores = done[0][1].stores
     tables = pd.concat([store.table[["image_id", "patient_id", "split"]] for store in stores])
     copies = int((tables["split"] == LEFT_OUT).sum())
@@ -202,10 +205,12 @@ def data_flow(scored: Scored, done: Sequence[tuple], recipe: EvaluateRecipe) -> 
         {"step": step, "images": len(table), "patients": int(table["patient_id"].nunique()), "note": note}
         for step, table, note in steps
     ]
-    for label, target, counts in zip(scored.labels, scored.targets.T, scored.auroc.counts):
-        known = int((~np.isnan(target)).sum())
-        note = f"{int(counts[0])} positive" + (f" of {known} {units}" if units else "")
-        flow.append({"step": f"known {label}", "images": known, "patients": int(counts[5]), "note": note})
+    people = rows["patient_id"].to_numpy()
+    for label, target, counts in zip(scored.labels, targets.T, scored.auroc.counts):
+        known = ~np.isnan(target)
+        note = f"{counts[0]} positive" + (f" of {counts[0] + counts[1]} {units}" if units else "")
+        flow.append({"step": f"known {label}", "images": int(known.sum()), "patients": len(set(people[known])),
+                     "note": note})  # fmt: skip
     scored_note = f"{len(scored.targets)} {units}" if units else ""
     flow.append({"step": "scored", "images": len(rows), "patients": flow[-1 - len(scored.labels)]["patients"],
                  "note": scored_note})  # fmt: skip
@@ -220,14 +225,25 @@ def figures(scored: Scored, done: Sequence[tuple], seen: dict[str, Any], recipe:
     mixed, served = confounders(scored, variables), worst(scored, variables)
     poolings = [Pooling(rows.table, recipe.level, recipe.pool) for _, rows, _, _ in done]
     people = [linked_patients(rows.table)[pooling.first] for pooling, (_, rows, _, _) in zip(poolings, done)]
-    beyond = external(scored, selection, np.concatenate(people), predictor.info, seen)
-    words = sentences_of_table(table, scored.probabilities)
+    targets = np.concatenate([to_targets(rows.targets(scored.labels)) for _, rows, _, _ in done])
+    owners = np.concatenate([rows.table["patient_id"].to_numpy() for _, rows, _, _ in done])
+    shift = prevalence_shift(scored.labels, targets, owners, scored.train_counts)
+    beyond = external(scored, selection, shift, np.concatenate(people), predictor.info, seen)
+    words = sentences_of_table(table, scored.probabilities, scored.unit)
+    if scored.probabilities and recipe.level != "image":
+        words.append(
+            f"Calibration is told of the {recipe.pool} of the images' probabilities of each of the {scored.unit}; training "
+            "calibrated those of single images, so the pooled ones need not mean what they say."
+        )
+    if recipe.prevalence is not None and scored.called is None:
+        words.append("No predictive values at the stated prevalence: this predictor came without thresholds.")
     if len(done) > 1:
         words.append(sentence_of_fits(scored))
-    words += telling(mixed, "difference") + telling(served, "gap") + too_coarse(mixed + served, recipe.resamples)
+    words += telling(mixed, "difference") + telling(served, "gap")
+    words += [text for family in (mixed, served) for text in too_coarse(family, recipe.resamples)]
     words += shift_sentences(beyond["shift"])
     if missing:
-        words.append(f"Not recorded for any image, so no subgroups by it: {listed(missing)}.")
+        words.append(f"Not recorded for any of the {scored.unit}, so no subgroups by it: {listed(missing)}.")
     return {
         "table": table,
         "averages": averages(scored),
@@ -237,7 +253,7 @@ def figures(scored: Scored, done: Sequence[tuple], seen: dict[str, Any], recipe:
         "confounders": mixed,
         "worst": served,
         "external": beyond,
-        "flow": data_flow(scored, done, recipe),
+        "flow": data_flow(scored, targets, done, recipe),
         "sentences": words,
     }
 
@@ -286,6 +302,10 @@ def evaluate(runs: str, overrides: Any = (), *, quiet: bool = False) -> dict[str
     recipe = build("evaluate", EvaluateRecipe, "default", overrides)
     if not recipe.store:
         raise CarinaError("evaluate needs a store; give store=FOLDER")
+    if recipe.prevalence is not None and recipe.level != "image":
+        raise CarinaError(
+            f"prevalence= gives predictive values at thresholds, which are of images; leave it out with level={recipe.level}"
+        )
     folders = runs.split(",")
     if len(folders) > 1 and recipe.split != "fold":
         raise CarinaError("several runs are pooled only as folds of one; give split=fold, or evaluate them one by one")
@@ -320,6 +340,7 @@ def evaluate(runs: str, overrides: Any = (), *, quiet: bool = False) -> dict[str
         "level": recipe.level,
         "pool": recipe.pool if recipe.level != "image" else None,
         "images": sum(len(rows) for _, rows, _, _ in done),
+        "unit": UNITS[recipe.level],
         "units": int(frame["image_id"].nunique()),
         "patients": int(frame["patient_id"].nunique()),
         "labels": labels,

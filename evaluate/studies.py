@@ -10,6 +10,13 @@ import pandas as pd
 
 Level = Literal["image", "study", "patient"]
 Pool = Literal["max", "mean"]
+UNITS = {"image": "images", "study": "studies", "patient": "patients"}
+AGES = {"0-17": 18, "18-39": 40, "40-59": 60, "60-79": 80, "80+": np.inf}  # bands and the first age beyond each
+
+
+def age_bands(ages: np.ndarray) -> np.ndarray:
+    """(n,) place among `AGES` of ages in years; len(AGES) where none is known."""
+    return np.where(np.isnan(ages), len(AGES), np.searchsorted(list(AGES.values()), ages, side="right"))
 
 
 class Pooling:
@@ -49,11 +56,19 @@ class Pooling:
         return np.where(positive, 1.0, np.where(unknown, np.nan, 0.0))
 
     def table(self, table: pd.DataFrame, facts: Sequence[str]) -> pd.DataFrame:
-        """A row a unit: image_id is the unit's own identifier, other facts are those of its first image, and what its
-        images do not agree on is joined (views) or left empty."""
+        """A row a unit: image_id is the unit's own identifier. Views of its images are joined; other facts are those
+        that are recorded of its images, left empty where these do not agree (ages: are not of one band)."""
         if self.level == "image":
             return table[list(facts)].copy()
         result = table.iloc[self.first][list(facts)].copy()
+        for fact in set(facts) - {"image_id", "study_id", "patient_id", "view", "age"}:
+            values = pd.Series(table[fact].to_numpy(dtype=object))
+            recorded = values.where(values.notna() & (values != ""), None).groupby(self.codes)
+            result[fact] = recorded.first().where(recorded.nunique() == 1, "").to_numpy()
+        if "age" in facts:
+            ages = pd.Series(table["age"].to_numpy(dtype=np.float64))
+            bands = pd.Series(age_bands(ages.to_numpy())).where(ages.notna()).groupby(self.codes)
+            result["age"] = ages.groupby(self.codes).first().where(bands.nunique() == 1).to_numpy()
         result["image_id"] = self.names
         if self.level == "patient":
             result["study_id"] = ""

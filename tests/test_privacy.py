@@ -378,3 +378,25 @@ def test_without_the_key_a_dictionary_of_plausible_numbers_matches_nothing(carin
     key, _ = load_key(None)
     found = {one for one in [*numbers, *records] if key.hash("patient", "nih14", one) in kept}
     assert found == set(patients)
+
+
+def test_facts_of_a_corpus_give_no_age_and_no_count_of_a_few_patients():
+    from carina.data.provenance import corpus_facts
+    from carina.data.store import Selection
+
+    ages = np.r_[np.arange(20, 79), np.full(39, 60), 8, 93].astype(float)  # the youngest and the oldest stand out
+    images = np.r_[np.ones(98, int), 40, 40]  # also by their many images
+    table = pd.DataFrame({"patient_id": [f"p{i}" for i in range(100)], "age": ages, "source": "a", "view": "PA"})
+    table["sex"] = np.where(np.arange(100) < 85, "F", "M")
+    table.loc[:18, ["source", "view"]] = "b", ""
+    table = table.loc[np.repeat(table.index, images)]
+    facts = corpus_facts(Selection([], table))
+    assert facts["age_percentiles"] == np.percentile(ages.clip(max=89), (5, 95)).tolist()
+    assert facts["age_median"] == 60 and not {8.0, 93.0} & set(facts["age_percentiles"])
+    assert facts["sex"] == {"F": 85, "M": None}  # 93 images of 15 patients
+    assert facts["view"] == {"unknown": None, "PA": 159} and facts["source"] == {"a": 159, "b": None}
+    assert facts["by_source"]["b"]["age_median"] is None and facts["by_source"]["b"]["age_percentiles"] is None
+    old = corpus_facts(Selection([], table.assign(age=95.0)))
+    assert old["age_median"] == 89 and old["age_percentiles"] == [89, 89]
+    unknown = table.assign(age=np.where(table["patient_id"].isin([f"p{i}" for i in range(19)]), 50.0, np.nan))
+    assert corpus_facts(Selection([], unknown))["age_median"] is None

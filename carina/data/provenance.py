@@ -8,12 +8,14 @@ import numpy as np
 import pandas as pd
 
 from carina.data.store import LABEL, Selection
-
-FEW = 20  # patients of a source below which its ages are not told: a range of few ages is that of persons
+from carina.models.hub.few import FEW, OLDEST
 
 
 def corpus_facts(selection: Selection) -> dict[str, Any]:
-    """Counts by source, view and sex, the ages, what the owner of each source allows, and the same by source."""
+    """Counts by source, view and sex, the ages, what the owner of each source allows, and the same by source.
+
+    Ages: median, 5th and 95th percentile. A count of images of fewer than FEW patients is None.
+    """
     table = selection.table
     sources = table.groupby("source", sort=True)
     return {
@@ -39,18 +41,22 @@ def label_facts(selection: Selection, labels: list[str]) -> dict[str, dict[str, 
     return result
 
 
-def _counts(table: pd.DataFrame, column: str) -> dict[str, int]:
-    return {str(k) or "unknown": int(v) for k, v in table[column].value_counts().sort_index().items()}
+def _counts(table: pd.DataFrame, column: str) -> dict[str, int | None]:
+    """Images by value; None where they show fewer than FEW patients."""
+    patients = table.groupby(column)["patient_id"].nunique()
+    counts = table[column].value_counts().sort_index()
+    return {str(k) or "unknown": int(v) if patients[k] >= FEW else None for k, v in counts.items()}
 
 
 def _people(table: pd.DataFrame) -> dict[str, Any]:
-    ages, patients = table["age"].dropna(), int(table["patient_id"].nunique())
-    told = len(ages) > 0 and patients >= FEW
+    """Ages are one a patient, and told of FEW patients of known age and more: never the youngest or the oldest."""
+    ages = table.groupby("patient_id")["age"].median().dropna().clip(upper=OLDEST)
+    told = len(ages) >= FEW
     return {
         "images": len(table),
-        "patients": patients,
+        "patients": int(table["patient_id"].nunique()),
         "view": _counts(table, "view"),
         "sex": _counts(table, "sex"),
         "age_median": float(ages.median()) if told else None,
-        "age_range": [float(ages.min()), float(ages.max())] if told else None,
+        "age_percentiles": [float(age) for age in np.percentile(ages, (5, 95))] if told else None,
     }

@@ -209,6 +209,16 @@ def difference(
     return Difference(value, low, high, method, level, **basis, p_value=_p_value(boot, *corrections))
 
 
+def p_value_against(replicates: Replicates, value: float, label: int) -> float:
+    """Two-sided p of one label's figure being `value`, by the resamples of its BCa interval; NaN where there are none."""
+    point, boot = float(over_labels(replicates.point, label).mean()), over_runs(replicates, label, replicates.seed)
+    boot = boot[np.isfinite(boot)]
+    if math.isnan(point) or not len(boot):
+        return math.nan
+    *_, corrections = _limits(point, boot, _influence(replicates, label), "bca", 0.95)
+    return _p_value(boot - value, *corrections)
+
+
 def _columns(values: np.ndarray, dimensions: int) -> np.ndarray:
     """A single label as one column of a table of labels."""
     values = np.asarray(values, dtype=np.float64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.special import expit, logit, ndtri
 from statsmodels.genmod.families import Binomial
 from statsmodels.genmod.generalized_linear_model import GLM
@@ -21,7 +22,7 @@ from carina.metrics.ranking import _ratio
 from carina.metrics.resampling import Replicates, class_counts, patient_codes, replicate_sums
 
 BINS = 10
-EDGE = 1e-15  # how near a probability may come to 0 and 1 before its logit is taken
+EDGE = 1e-7  # how near a probability may come to 0 and 1 before its logit is taken: about what float32 tells apart
 
 
 def _probabilities(target: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -86,10 +87,45 @@ def replicate_calibration(
     return replicate_sums(columns, measures, target, patients, resamples, seed)
 
 
-def _separated(target: np.ndarray, logits: np.ndarray) -> bool:
-    """Whether a threshold tells all positives from all negatives, so that no finite slope is the likeliest."""
+def _no_slope(target: np.ndarray, logits: np.ndarray) -> str:
+    """Why no finite slope is the likeliest; empty where one is."""
+    if np.ptp(logits) == 0:
+        return "all scores are equal, so they have no slope"
     positive, negative = logits[target == 1], logits[target == 0]
-    return bool(positive.min() >= negative.max() or positive.max() <= negative.min())
+    if positive.min() > negative.max() or positive.max() < negative.min():
+        return "the classes are told apart without an error, so no slope is steep enough"
+    if positive.min() == negative.max() or positive.max() == negative.min():
+        return "the classes share one score only, so no slope is steep enough"
+    return ""
+
+
+def _intercept(target: np.ndarray, offset: np.ndarray) -> float:
+    """The a whose sigmoid(a + offset) has the mean of the targets (n,), which hold both classes: the likeliest one."""
+    center = logit(target.mean())
+    low, high = center - offset.max(), center - offset.min()
+    if low == high:
+        return float(low)
+    return float(brentq(lambda a: expit(a + offset).sum() - target.sum(), low, high, xtol=1e-12))
+
+
+def _sandwich(design: np.ndarray, residual: np.ndarray, weight: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """(k,) standard errors by patients of a logistic regression with design (n, k); NaN where it is singular."""
+    count, (images, width) = int(codes.max()) + 1, design.shape
+    information = design.T @ (weight[:, None] * design)
+    if count < 2 or not np.isfinite(information).all() or np.linalg.cond(information) > 1 / np.finfo(float).eps:
+        return np.full(width, np.nan)
+    scores = np.stack([np.bincount(codes, column * residual, count) for column in design.T], axis=1)
+    bread = np.linalg.inv(information)
+    small = count / (count - 1) * (images - 1) / max(images - width, 1)
+    return np.sqrt(small * np.diag(bread @ (scores.T @ scores) @ bread))
+
+
+def _line(target: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
+    """Intercept and slope of the likeliest line on the logits; these are standardized first, so that no step overflows."""
+    center, spread = logits.mean(), logits.std()
+    design = np.column_stack([np.ones(len(target)), (logits - center) / spread])
+    intercept, slope = GLM(target, design, Binomial()).fit(maxiter=200, tol=1e-12).params
+    return float(intercept - slope * center / spread), float(slope / spread)
 
 
 def calibration_line(
@@ -99,8 +135,9 @@ def calibration_line(
 
     target, probability: (n,). Slope b of logit P(y) = a + b logit(p): 1 is right, below 1 the probabilities are too extreme.
     Intercept a of logit P(y) = a + logit(p), the slope held at 1: 0 is right, above 0 they are too low (calibration in the
-    large). Standard errors are the sandwich by patients (Liang and Zeger 1986). NaN with one class, and the slope where
-    the classes are told apart without an error.
+    large). Standard errors are the sandwich by patients (Liang and Zeger 1986). Probabilities are moved 1e-7 away from 0
+    and 1. NaN with one class, and the slope where no finite one is the likeliest: classes told apart without an error or
+    sharing one score, scores all equal. What is not finite is not estimable, and the reason is given.
     """
     target, probability = _probabilities(target, probability)
     counts = class_counts(target, patient_codes(patients))
@@ -116,42 +153,45 @@ def calibration_line(
     logits = logit(np.clip(probability[known], EDGE, 1 - EDGE))
     reach = float(ndtri((1 + level) / 2))
 
-    def made(value: float, error: float, why: str) -> Interval:
-        said = "; ".join(part for part in (reason, why) if part)
+    def made(value: float, error: float, why: str = "") -> Interval:
         ends = value - reach * error, value + reach * error
+        if not (reason or why or np.isfinite([value, *ends]).all()):
+            why = "its standard error cannot be computed"
+        said = "; ".join(part for part in (reason, why) if part)
         return Interval(value, *ends, "sandwich", level, 0, **basis, estimable=not said, reason=said)
 
     if not (counts[0] and counts[1]):
-        return (made(float("nan"), float("nan"), ""),) * 2
-    groups = {"cov_type": "cluster", "cov_kwds": {"groups": codes}} if codes.max() > 0 else {}
-    large = GLM(target, np.ones((len(target), 1)), Binomial(), offset=logits).fit(**groups)
-    intercept = made(float(large.params[0]), float(large.bse[0]), "")
-    if _separated(target, logits):
-        return made(float("nan"), float("nan"), "the classes are told apart without an error"), intercept
-    line = GLM(target, np.column_stack([np.ones(len(target)), logits]), Binomial()).fit(**groups)
-    return made(float(line.params[1]), float(line.bse[1]), ""), intercept
+        return (made(float("nan"), float("nan")),) * 2
+    ones = np.ones((len(target), 1))
+    level_at = _intercept(target, logits)
+    likely = expit(level_at + logits)
+    intercept = made(level_at, float(_sandwich(ones, target - likely, likely * (1 - likely), codes)[0]))
+    if why := _no_slope(target, logits):
+        return made(float("nan"), float("nan"), why), intercept
+    start, slope = _line(target, logits)
+    likely = expit(start + slope * logits)
+    error = _sandwich(np.column_stack([ones, logits]), target - likely, likely * (1 - likely), codes)[1]
+    return made(slope, float(error)), intercept
 
 
 def recalibration(target: np.ndarray, probability: np.ndarray) -> tuple[float, float]:
     """Temperature T and intercept a, so that sigmoid(logit(p) / T + a) is the likeliest on targets (n,) of 0, 1 or NaN.
 
-    T stays in [0.05, 20], as in `temperature`; (1, 0), which changes nothing, where only one class is known.
+    T stays in [0.05, 20], as in `temperature`; it is 1 where all scores are equal; (1, 0), which changes nothing, where
+    only one class is known.
     """
     target, probability = _probabilities(target, probability)
     known = ~np.isnan(target)
     target, logits = target[known], logit(np.clip(probability[known], EDGE, 1 - EDGE))
     if not ((target == 1).any() and (target == 0).any()):
         return 1.0, 0.0
-    if _separated(target, logits):
-        slope = 1 / LOWEST if logits[target == 1].min() >= logits[target == 0].max() else 1 / HIGHEST
+    if np.ptp(logits) == 0:
+        slope = 1.0
+    elif _no_slope(target, logits):
+        slope = 1 / LOWEST if logits[target == 1].mean() > logits[target == 0].mean() else 1 / HIGHEST
     else:
-        line = GLM(target, np.column_stack([np.ones(len(target)), logits]), Binomial()).fit()
-        slope = float(line.params[1])
-        if 1 / HIGHEST <= slope <= 1 / LOWEST:
-            return 1 / slope, float(line.params[0])
-        slope = float(np.clip(slope, 1 / HIGHEST, 1 / LOWEST))
-    large = GLM(target, np.ones((len(target), 1)), Binomial(), offset=slope * logits).fit()
-    return 1 / slope, float(large.params[0])
+        slope = float(np.clip(_line(target, logits)[1], 1 / HIGHEST, 1 / LOWEST))
+    return 1 / slope, _intercept(target, slope * logits)
 
 
 def recalibrated(probability: np.ndarray, temperature: float, intercept: float) -> np.ndarray:

@@ -12,6 +12,8 @@ from typing import Any
 from carina import __version__
 from carina.evaluate.report import provenance
 from carina.evaluate.report.document import Column, Section, Table, Text, told
+from carina.evaluate.report.groups import origin_title
+from carina.models.hub.few import counted
 
 OPEN = "not known to carina: fill in"
 
@@ -144,8 +146,9 @@ def answers(c: Mapping[str, Any]) -> dict[str, str]:
     test, train = people.get("Test"), people.get("Training")
     audited = [found["name"] for found in r.get("audits") or []]
     probability = r["score"] == "probability"
-    kind = (r.get("external") or {}).get("kind")
-    shift = r["kind"] == "classify" and bool((r.get("external") or {}).get("shift"))
+    origin = r.get("external") or {}
+    kind = origin.get("kind")
+    shift = r["kind"] == "classify" and bool(origin.get("shift"))
     groups = {row["variable"] for row in r.get("subgroups") or []}
     task = f"detection of findings ({names})" if r["kind"] == "classify" else "one-class anomaly detection"
     measures = ["AUROC", "average precision"]
@@ -157,17 +160,17 @@ def answers(c: Mapping[str, Any]) -> dict[str, str]:
         "kind": f"Deep learning on chest radiographs: {task}; this page evaluates, on split {r['split']}.",
         "use": "Research only, not a medical device; the clinical role is for the authors to state.",
         "sources": _sources(people),
-        "eligibility": f"Frontal chest images that carina prepare accepted; rows of split {r['split']}"
+        "eligibility": f"{_accepted(c['preparation'])} that carina prepare accepted; rows of split {r['split']}"
         + (f" that meet {r['where']}." if r["where"] else "."),
         "preprocessing": f"{preparation}; {c['input']}." if preparation else "",
         "subset": f"Rows were narrowed by: {r['where']}." if r["where"] else "No subset was chosen beyond the split.",
         "deidentification": "Identifiers were replaced by keyed hashes in preparation; this page holds none"
         + (", but shows images." if c["examples"] else " and no image."),
-        "missing": f"{provenance.left_out(c)} Nothing was imputed.",
+        "missing": f"{provenance.left_out(c)} {_uncertain(c['recipe'])}",
         "acquisition": _acquisition(test),
         "reference": "Labels as their sources published them; who found them, and how, is for the authors to add.",
-        "partitions": f"By patient, before training; scored here: {r['split']}. Labels used: {r['labels_used']}.",
-        "disjoint": f"Patient. {r['overlap_sentence']}",
+        "partitions": f"{_dealt(r)} Labels used: {r['labels_used']}.",
+        "disjoint": _disjoint(r),
         "model": c["model"],
         "software": ", ".join(f"{name} {version}" for name, version in c["versions"].items()),
         "initialization": f"{r['backbone']}; its pretext saw {r['pretext_saw']}.",
@@ -200,12 +203,15 @@ def answers(c: Mapping[str, Any]) -> dict[str, str]:
         else "",
         "clusters_found": "Under Subgroups, by source or manufacturer." if groups & {"source", "manufacturer"} else "",
         "updating": "Temperature and shift, fitted on half of these patients and judged on the other half."
-        if (r.get("external") or {}).get("recalibration")
+        if origin.get("recalibration")
         else "None on these patients.",
-        "updated": "Under Recalibration, before and after." if (r.get("external") or {}).get("recalibration") else "",
+        "updated": f"Before and after recalibration, under {origin_title(origin)}."
+        if origin.get("recalibration")
+        else "",
         "predictions": "By carina evaluate with the saved predictor; scores stand in predictions.parquet.",
         "imbalance": _imbalance(c["recipe"]),
-        "fairness": f"Figures by {_and(sorted(groups))}, the weakest group named; no constraint in training."
+        "fairness": f"Figures by {_and(sorted(groups))}{', the weakest group named' * bool(r['worst'])}; no constraint in "
+        "training."
         if {"sex", "age"} & groups
         else "",
         "output": f"{'Probabilities' if probability else 'Distances; higher is worse'}; thresholds from "
@@ -215,7 +221,8 @@ def answers(c: Mapping[str, Any]) -> dict[str, str]:
         else "Ages, sex, views and sources of both side by side under Data."
         if test and train
         else "",
-        "events": "Images, patients and positives by label under Discrimination.",
+        "events": f"{c['units'].capitalize()} and positives by label under Discrimination; patients of whom a label is "
+        "known under Data.",
         "input": "carina predict leaves out files that it cannot read or prepare, and says why.",
     }
     return {key: value for key, value in found.items() if value}
@@ -231,10 +238,51 @@ def _sources(people: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
+def _accepted(preparation: Mapping[str, Any]) -> str:
+    kept = {"frontal": "Frontal chest images", "chest": "Chest images of any view", "all": "Images of any kind"}
+    return kept.get(preparation.get("keep", ""), "Images")
+
+
+def _uncertain(recipe: Mapping[str, Any]) -> str:
+    """What -1 counted as in training, for all labels or by label."""
+    policy = recipe.get("uncertain")
+    if policy is None:
+        return "What uncertain labels counted as in training is not recorded."
+    policies = policy if isinstance(policy, Mapping) else {"all labels": policy}
+    if set(policies.values()) <= {"ignore"}:
+        return "Nothing was imputed."
+    listed = ", ".join(f"{label.replace('_', ' ')}: {value}" for label, value in policies.items())
+    return f"In training uncertain labels were given a value ({listed}); in this test they were left out."
+
+
+def _shared(r: Mapping[str, Any]) -> bool | None:
+    """Whether a test patient or image was seen before; None where nobody knows."""
+    found = r["overlap"]
+    if not found or not found["known"]:
+        return None
+    return any(any(counts.values()) for counts in found["stages"].values())
+
+
+def _dealt(r: Mapping[str, Any]) -> str:
+    scored = "All rows were scored, whatever their partition" if r["split"] == "all" else f"Scored here: {r['split']}"
+    if _shared(r) is False and not r["overlap"]["doubts"]:
+        return f"{scored}; by patient: none of these was seen in training or for thresholds."
+    return f"{scored}; whether by patient and before training is for the authors to state."
+
+
+def _disjoint(r: Mapping[str, Any]) -> str:
+    shared = _shared(r)
+    if shared is None:
+        return f"Not known. {r['overlap_sentence']}"
+    if shared:
+        return f"Not disjoint. {r['overlap_sentence']}"
+    return f"{'In doubt' if r['overlap']['doubts'] else 'Patient'}. {r['overlap_sentence']}"
+
+
 def _acquisition(test: Mapping[str, Any] | None) -> str:
     if not test or not test.get("view"):
         return ""
-    views = ", ".join(f"{name} {number:,}" for name, number in test["view"].items())
+    views = ", ".join(f"{name} {counted(number)}" for name, number in test["view"].items())
     return f"Views: {views}; machines and exposure are for the authors to add."
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,8 @@ from carina.models.hub.clauses import origins_of
 from carina.models.predictor import Predictor
 from carina.runs import Run, environment
 
-PLACES = ("store", "out", "backbone", "cache", "wandb")  # keys of a recipe that name places or accounts
-IDENTIFIERS = re.compile(r"\b(image|patient|study)_id\b")
+ACCOUNTS = ("store", "out", "backbone", "cache", "wandb")  # keys of a recipe that name places or accounts
 KINDS = ["missed", "false alarm", "found", "rightly left"]
-HIDDEN = "a condition on identifiers (not shown)"
 
 
 def report_content(
@@ -48,10 +45,10 @@ def report_content(
     sizes = ", ".join(f"{m.backbone.spec.size} px from scale {m.scale}" for m in predictor.members)
     head = member.head.facts()["name"] + " head" if member.head is not None else member.scorer.settings.name + " scorer"
     kind = "Anomaly detection" if result["kind"] == "anomaly" else "Classification"
-    flow = [{**step, "step": _hidden(step["step"])} for step in result.get("flow") or []]
+    kept = {str(((store.info.get("plan") or {}).get("recipe") or {}).get("keep")) for store in selection.stores}
     return {
         "title": f"{kind}, {result['mode']}: {spec.name}, split {result['split']}",
-        "result": {**result, "where": _hidden(result["where"]), "flow": flow},
+        "result": result,
         "predictions": frame,
         "examples": pictures(predictor, selection, scores, shown),
         "switched_off": bool(examples and not shown),
@@ -60,24 +57,15 @@ def report_content(
         "backbone": {"name": spec.name, "origin": spec.origin, "license": spec.license},
         "model": f"{spec.name}, {spec.channels} input channel(s), {sizes}; {head}",
         "input": f"one channel in [0, 1], dense tissue bright, then (x - {_values(spec.mean)}) / {_values(spec.std)}",
-        "preparation": {**selection.photometry, **selection.geometry},
+        "preparation": {**selection.photometry, **selection.geometry, "keep": " or ".join(sorted(kept - {"None"}))},
         "versions": {"carina": machine.get("carina"), **machine.get("packages", {})},
-        "recipe": _shown(run.recipe()) if has_run else {},
+        "recipe": {key: value for key, value in run.recipe().items() if key not in ACCOUNTS} if has_run else {},
         "environment": machine,
     }
 
 
 def _values(values: Sequence[float]) -> str:
     return " ".join(f"{value:g}" for value in dict.fromkeys(values))
-
-
-def _shown(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe without places, and without conditions that name persons."""
-    return {key: _hidden(value) for key, value in recipe.items() if key not in PLACES}
-
-
-def _hidden(value: Any) -> Any:
-    return HIDDEN if isinstance(value, str) and IDENTIFIERS.search(value) else value
 
 
 def pictures(predictor: Predictor, selection: Selection, scores: np.ndarray, most: int) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import pandas as pd
 
 DASH = "–"
 Kind = Literal["text", "note", "count", "number", "signed", "figure", "difference", "drawn"]
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:e[-+]?\d+)?")
 FIGURES: tuple[Kind, ...] = ("figure", "difference", "drawn")
 
 
@@ -83,6 +84,7 @@ class Charts:
     name: str
     words: str
     charts: list[Chart]
+    more: Sequence[pd.DataFrame] = ()  # points of charts that are not drawn
     wide: bool = False
     headed: bool = True
     type: ClassVar[str] = "charts"
@@ -207,4 +209,18 @@ def table_frame(table: Table) -> pd.DataFrame:
         found[f"{column.name}, low"] = [part.get("low") for part in parts]
         found[f"{column.name}, high"] = [part.get("high") for part in parts]
         found[f"{column.name}, estimable"] = [part.get("estimable", True) if part else None for part in parts]
-    return pd.DataFrame(found)
+    return guarded(pd.DataFrame(found))
+
+
+def guarded(frame: pd.DataFrame) -> pd.DataFrame:
+    """Words that a spreadsheet would run as a formula begin with an apostrophe; numbers stay numbers.
+
+    OWASP, CSV injection.
+    """
+
+    def quoted(cell: Any) -> Any:
+        formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
+        return f"'{cell}" if formula and not _NUMBER.fullmatch(cell) else cell
+
+    words = [name for name in frame.columns if not pd.api.types.is_numeric_dtype(frame[name])]
+    return frame.assign(**{name: frame[name].map(quoted) for name in words}).rename(columns=quoted)

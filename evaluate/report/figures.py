@@ -1,6 +1,7 @@
 """The report's figures: SVG charts with the points that they draw, and pictures of example images.
 
-Every function gives the same for the same input. With `synthetic` the figure carries that word.
+Every function gives the same for the same input. With `synthetic` the figure carries that word. Charts by label give their
+points alone where they are not `shown`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ MAX_POINTS = 400
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "carina",
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "font.size": 10,
     "text.color": INK,
     "axes.edgecolor": RULE,
@@ -138,65 +140,87 @@ def roc_band(
     return grid, low, high
 
 
-def roc(runs: Sequence[Run], band: bool, synthetic: bool) -> Drawing:
+def roc(runs: Sequence[Run], band: bool, synthetic: bool, shown: bool = True) -> Drawing:
     """ROC curves of one label; a band is drawn for a single run only."""
+    curves = [_thinned(*roc_curve(target, score)[:2]) for target, score, _ in runs]
+    frames = [
+        _points(what="curve", run=number, false_positive_rate=false, true_positive_rate=true)
+        for number, (false, true) in enumerate(curves)
+    ]
+    if not shown:
+        return Drawing("", pd.concat(frames, ignore_index=True))
     with rc_context(_STYLE):
         figure, axes = _panel("false-positive rate", "true-positive rate", synthetic)
         axes.plot([0, 1], [0, 1], color=RULE, linewidth=1, linestyle=(0, (3, 3)))
-        frames = []
         if band and len(runs) == 1:
             grid, low, high = roc_band(*runs[0])
             axes.fill_between(grid, low, high, color=BLUE, alpha=0.16, linewidth=0)
-            frames.append(_points(what="band", run=0, false_positive_rate=grid, low=low, high=high))
-        for number, (target, score, _) in enumerate(runs):
-            false, true = _thinned(*roc_curve(target, score)[:2])
+            frames.insert(0, _points(what="band", run=0, false_positive_rate=grid, low=low, high=high))
+        for false, true in curves:
             axes.plot(false, true, color=BLUE, linewidth=1.6 if len(runs) == 1 else 0.9)
-            frames.append(_points(what="curve", run=number, false_positive_rate=false, true_positive_rate=true))
         _unit_square(axes)
         return Drawing(_inline(figure), pd.concat(frames, ignore_index=True))
 
 
-def precision_recall(runs: Sequence[Run], synthetic: bool) -> Drawing:
+def precision_recall(runs: Sequence[Run], synthetic: bool, shown: bool = True) -> Drawing:
     """Precision-recall curves of one label; the dashed line is the prevalence, the precision of guessing."""
+    prevalence = float(np.nanmean(runs[0][0]))
+    found = (precision_recall_curve(target, score)[:2] for target, score, _ in runs)
+    curves = [_thinned(recall, precision) for precision, recall in found]
+    data = pd.concat(
+        [_points(what="prevalence", run=0, recall=[0.0, 1.0], precision=prevalence)]
+        + [
+            _points(what="curve", run=n, recall=recall, precision=precision)
+            for n, (recall, precision) in enumerate(curves)
+        ],
+        ignore_index=True,
+    )
+    if not shown:
+        return Drawing("", data)
     with rc_context(_STYLE):
         figure, axes = _panel("recall", "precision", synthetic)
-        prevalence = float(np.nanmean(runs[0][0]))
         axes.axhline(prevalence, color=RULE, linewidth=1, linestyle=(0, (3, 3)))
-        frames = [_points(what="prevalence", run=0, recall=[0.0, 1.0], precision=prevalence)]
-        for number, (target, score, _) in enumerate(runs):
-            precision, recall, _ = precision_recall_curve(target, score)
-            recall, precision = _thinned(recall, precision)
+        for recall, precision in curves:
             axes.step(recall, precision, where="pre", color=BLUE, linewidth=1.6 if len(runs) == 1 else 0.9)
-            frames.append(_points(what="curve", run=number, recall=recall, precision=precision))
         _unit_square(axes)
-        return Drawing(_inline(figure), pd.concat(frames, ignore_index=True))
+        return Drawing(_inline(figure), data)
 
 
-def histogram(target: np.ndarray, score: np.ndarray, probability: bool, synthetic: bool) -> Drawing:
+def histogram(target: np.ndarray, score: np.ndarray, probability: bool, synthetic: bool, shown: bool = True) -> Drawing:
     """How the scores of images with and without the finding are distributed, each class as shares of itself."""
+    known = score[~np.isnan(target)]
+    low, high = (0.0, 1.0) if probability else (known.min(), known.max())
+    bins = np.linspace(low, high if high > low else low + 1, 25)
+    classes = {word: score[target == value] for value, word in ((0, "absent"), (1, "present"))}
+    shares = {
+        word: np.histogram(chosen, bins, weights=np.full(len(chosen), 1 / len(chosen)))[0]
+        for word, chosen in classes.items()
+        if len(chosen)
+    }
+    data = pd.concat(
+        [_points(what=word, score_from=bins[:-1], score_to=bins[1:], share=share) for word, share in shares.items()],
+        ignore_index=True,
+    )
+    if not shown:
+        return Drawing("", data)
     with rc_context(_STYLE):
         figure, axes = _panel("score", "share of the class", synthetic)
-        known = score[~np.isnan(target)]
-        low, high = (0.0, 1.0) if probability else (known.min(), known.max())
-        bins = np.linspace(low, high if high > low else low + 1, 25)
-        frames = []
-        for value, color, word in ((0, BLUE, "absent"), (1, ORANGE, "present")):
-            chosen = score[target == value]
-            if len(chosen):
-                share, _ = np.histogram(chosen, bins, weights=np.full(len(chosen), 1 / len(chosen)))
-                axes.stairs(share, bins, fill=True, color=color, alpha=0.25)
-                axes.stairs(share, bins, color=color, linewidth=1.3, label=word)
-                frames.append(_points(what=word, score_from=bins[:-1], score_to=bins[1:], share=share))
+        for word, share in shares.items():
+            color = {"absent": BLUE, "present": ORANGE}[word]
+            axes.stairs(share, bins, fill=True, color=color, alpha=0.25)
+            axes.stairs(share, bins, color=color, linewidth=1.3, label=word)
         # Room above the bars for the legend.
         axes.set_ylim(0, 1.22 * axes.dataLim.y1)
         axes.locator_params(axis="y", nbins=5)
         axes.legend(frameon=False, fontsize=9, loc="upper center", ncols=2, borderaxespad=0, handlelength=1.2)
-        return Drawing(_inline(figure), pd.concat(frames, ignore_index=True))
+        return Drawing(_inline(figure), data)
 
 
-def calibration(found: Sequence[Mapping[str, float]], synthetic: bool) -> Drawing:
+def calibration(found: Sequence[Mapping[str, float]], synthetic: bool, shown: bool = True) -> Drawing:
     """Groups {predicted, observed, low, high, n} against the diagonal, on which a probability means what it says."""
     data = pd.DataFrame(found)
+    if not shown:
+        return Drawing("", data)
     with rc_context(_STYLE):
         figure, axes = _panel("predicted probability", "observed share", synthetic)
         most = float(data[["predicted", "high"]].max().max())
@@ -211,17 +235,22 @@ def calibration(found: Sequence[Mapping[str, float]], synthetic: bool) -> Drawin
         return Drawing(_inline(figure), data)
 
 
-def decision(found: Mapping[str, Sequence[float]], synthetic: bool) -> Drawing:
-    """Net benefit of 100 images against the threshold probability: by the model, calling all, calling none (0).
+def decision(
+    found: Mapping[str, Sequence[float]], synthetic: bool, shown: bool = True, units: str = "images"
+) -> Drawing:
+    """Net benefit of 100 units against the threshold probability: by the model, calling all, calling none (0).
 
     Drawn up to four times the prevalence, and at least to 0.2: whoever would act only beyond that calls nobody.
     """
     data = pd.DataFrame({name: found[name] for name in ("threshold", "model", "all")}).assign(none=0.0)
     prevalence = float((data["all"] + data["threshold"] - data["all"] * data["threshold"]).iloc[0])
     data = data[data["threshold"] <= min(max(4 * prevalence, 0.2), 0.95)]
+    points = data.melt("threshold", var_name="what", value_name="net_benefit")
+    if not shown:
+        return Drawing("", points)
     lines = {"none": ("call none", RULE, "-"), "all": ("call all", QUIET, (0, (3, 2))), "model": ("model", BLUE, "-")}
     with rc_context(_STYLE):
-        figure, axes = _panel("threshold probability", "net benefit of 100 images", synthetic)
+        figure, axes = _panel("threshold probability", f"net benefit of 100 {units}", synthetic)
         for name, (word, color, line) in lines.items():
             width = 1.6 if name == "model" else 1
             axes.plot(data["threshold"], 100 * data[name], color=color, linestyle=line, linewidth=width, label=word)
@@ -231,7 +260,7 @@ def decision(found: Mapping[str, Sequence[float]], synthetic: bool) -> Drawing:
         handles, words = axes.get_legend_handles_labels()
         axes.legend(handles[::-1], words[::-1], frameon=False, fontsize=8.5, loc="upper center", ncols=3,
                     borderaxespad=0, handlelength=1.2, columnspacing=0.9, handletextpad=0.4)  # fmt: skip
-        return Drawing(_inline(figure), data.melt("threshold", var_name="what", value_name="net_benefit"))
+        return Drawing(_inline(figure), points)
 
 
 def audit_curve(series: Sequence[Mapping[str, Any]], x: str, y: str, level: float | None, synthetic: bool) -> Drawing:

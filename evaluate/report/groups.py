@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from carina.evaluate.report.document import Block, Column, Drawn, Section, Table, Text, label_name
+from carina.models.hub.few import FEWER
 
 VARIABLES = {"view": "View", "sex": "Sex", "age": "Age", "manufacturer": "Manufacturer", "source": "Source"}
 MANY = 12  # sentences or rows that are read at a glance
@@ -23,7 +24,7 @@ def subgroups(c: Mapping[str, Any]) -> Section | None:
     if worst:
         blocks.append(_weakest(worst))
     if rows:
-        blocks.append(_forest(rows, result["table"]))
+        blocks.append(_forest(rows, result["table"], c["units"]))
     return Section("Subgroups", blocks) if blocks else None
 
 
@@ -31,12 +32,17 @@ def _variable(row: Mapping[str, Any]) -> str:
     return VARIABLES.get(row["variable"], str(row["variable"]))
 
 
+def _group(row: Mapping[str, Any]) -> str:
+    return f"{row['group']} (not shown)" if row["n"] is None else str(row["group"])
+
+
 def _told(rows: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
     """Rows whose sentence is worth reading: those that can be estimated; of many, those whose interval excludes 0."""
+    apart = [row for row in rows if row.get("sentence") and row.get("separated")]  # the variable alone tells the label
     sure = [row for row in rows if row.get("sentence") and row[key] and row[key].get("estimable")]
-    if len(sure) <= MANY:
-        return sure
-    return [row for row in sure if row[key]["low"] > 0 or row[key]["high"] < 0]
+    if len(sure) > MANY:
+        sure = [row for row in sure if row[key]["low"] > 0 or row[key]["high"] < 0]
+    return apart + [row for row in sure if not row.get("separated")]
 
 
 def _confounders(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -46,15 +52,23 @@ def _confounders(rows: Sequence[Mapping[str, Any]]) -> Table:
         Column("Within groups", "figure"),
         Column("Overall minus within", "difference"),
     ]
+    known = any(row.get("among_negatives") for row in rows)
+    columns += [Column("Group, among negatives", "figure")] * known
     cells = []
     for row in rows:
         shares = ", ".join(f"{group} {share:.0%}" for group, share in row["prevalence"].items() if share is not None)
-        figures = [row["overall"], row["within"], row["difference"]]
+        figures = [row["overall"], row["within"], row["difference"], *[row.get("among_negatives")] * known]
         cells.append([_variable(row), label_name(row["label"]), shares, *figures])
     below = (
         "AUROC. Within: positives are ranked only against negatives of their own group, averaged over groups by the number "
-        "of such pairs. What overall gains over within, the variable gives away without looking at disease."
+        "of such pairs. Overall also counts pairs across groups, which differ in how often or how plainly the finding "
+        "shows; what it gains over within can be knowledge of the variable."
     )
+    if known:
+        below += (
+            " Group, among negatives: how well the scores of images without the finding tell the groups in which it is more "
+            "frequent; above 0.5 they know the group."
+        )
     return Table("confounders", "AUROC overall and within groups", columns, cells, below=below, folded=len(rows) > MANY)
 
 
@@ -62,24 +76,30 @@ def _weakest(rows: Sequence[Mapping[str, Any]]) -> Table:
     columns = [Column("Label"), Column("Variable"), Column("Weakest group"), Column("AUROC", "drawn", chance=0.5)]
     columns.append(Column("Gap to the rest", "difference"))
     cells = [[label_name(r["label"]), _variable(r), str(r["group"]), r["auroc"], r["gap"]] for r in rows]
-    below = "Gap: the AUROC of the rest minus that of the group, patients resampled. With many groups one is weak by chance."
+    below = (
+        "Gap: the AUROC of the other groups, over pairs of one group each, minus that of this one, patients resampled. With "
+        "many groups one is weak by chance."
+        if any(row.get("chosen_from") for row in rows)
+        else "Gap: the AUROC of the rest minus that of the group, patients resampled. With many groups one is weak by "
+        "chance."
+    )
     return Table("worst", "The weakest group of each label", columns, cells, below=below)
 
 
-def _forest(rows: Sequence[Mapping[str, Any]], table: Sequence[Mapping[str, Any]]) -> Table:
+def _forest(rows: Sequence[Mapping[str, Any]], table: Sequence[Mapping[str, Any]], units: str) -> Table:
     """All groups, folded by label; the dashed line is the AUROC of all patients."""
     overall = {row["label"]: (row["auroc"] or {}).get("value") for row in table}
     sure = [row for row in rows if row["auroc"] and row["auroc"].get("estimable") and row["auroc"]["low"] is not None]
     low = int(min([0.5, *(row["auroc"]["low"] for row in sure)]) * 10) / 10
     names = [(key, key.capitalize()) for key in ("sensitivity", "specificity") if any(row.get(key) for row in rows)]
-    columns = [Column("Label"), Column("Variable"), Column("Group"), Column("Images", "count")]
+    columns = [Column("Label"), Column("Variable"), Column("Group"), Column(units.capitalize(), "count")]
     columns += [Column("Patients", "count"), Column("Positive", "count"), Column("AUROC", "drawn", low=low)]
     columns += [Column("Average precision", "figure"), *(Column(name, "figure") for _, name in names)]
     labels, variables = (list(dict.fromkeys(row[key] for row in rows)) for key in ("label", "variable"))
     order = sorted(rows, key=lambda row: (labels.index(row["label"]), variables.index(row["variable"])))
     cells = [
         [
-            *(label_name(row["label"]), _variable(row), str(row["group"]), row["n"], row["patients"], row["positives"]),
+            *(label_name(row["label"]), _variable(row), _group(row), row["n"], row["patients"], row["positives"]),
             *(Drawn(row["auroc"], overall.get(row["label"])), row["ap"], *(row.get(key) for key, _ in names)),
         ]
         for row in order
@@ -88,6 +108,8 @@ def _forest(rows: Sequence[Mapping[str, Any]], table: Sequence[Mapping[str, Any]
         f"The drawings run from {low:g} to 1; the dashed mark is the AUROC of all patients. Pale italics: not estimable. "
         "The groups of a variable are other patients, so their figures may differ by chance alone."
     )
+    if any(row["n"] is None for row in rows):
+        below += f" Not shown: groups of {FEWER} patients, and others from which such a group could be computed."
     opened = {label_name(row["label"]) for row in sure}
     return Table("subgroups", "Figures by group", columns, cells, below=below, folded=True, opened=opened)
 
@@ -129,10 +151,12 @@ def external(c: Mapping[str, Any]) -> Section | None:
             "both ways: what labels of a few patients from the new place would mend."
         )
         blocks.append(Table("recalibration", "Before and after recalibration", columns, cells, below=below))
-    title = {"external": "External test", "internal": "Internal test"}.get(
-        found["kind"], "Where the test data come from"
-    )
-    return Section(title, blocks) if blocks else None
+    return Section(origin_title(found), blocks) if blocks else None
+
+
+def origin_title(found: Mapping[str, Any]) -> str:
+    titles = {"external": "External test", "internal": "Internal test"}
+    return titles.get(found["kind"], "Where the test data come from")
 
 
 def _times(row: Mapping[str, Any]) -> str:

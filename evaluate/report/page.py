@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from itertools import count as counter
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 
-from carina.evaluate.report import checklists, evidence, figures, groups, performance, plain, provenance
+from carina.evaluate.report import checklists, evidence, figures, groups, performance, plain, private, provenance
 from carina.evaluate.report.document import Drawn, cell_figure, cell_text, count, label_name, slug, span, three, told
 from carina.files import atomic_folder, write_text
 
@@ -66,7 +64,6 @@ RESULT: dict[str, Any] = {
     "table": (),
 }
 UNITS = {"image": "images", "study": "studies", "patient": "patients"}
-_PATH = re.compile(r"(?<![\w:/.\-])(?:~?/|[A-Za-z]:\\)(?:[^\s'\",;/\\]+[/\\])+(?=[^\s'\",;/\\]|\b|$)")
 
 
 def build_report(out: Path, content: dict[str, Any]) -> Path:
@@ -84,8 +81,9 @@ def build_report(out: Path, content: dict[str, Any]) -> Path:
       preparation   photometry and geometry       versions         of packages
       recipe        the resolved recipe           environment      versions and devices, nested or not
 
-    Identifiers of patients and images appear nowhere. Of absolute file paths in any text only the last name is kept, so a
-    report can be passed on.
+    Identifiers of patients and images appear nowhere. Of file paths only the last name is kept, a condition on rows is shown
+    where it is made of columns that name nobody, and groups of few patients without their counts and figures, so a report
+    can be passed on.
     """
     c = assembled(content)
     sections = [section for build in SECTIONS if (section := build(c)) is not None]
@@ -106,15 +104,16 @@ def build_report(out: Path, content: dict[str, Any]) -> Path:
 
 
 def assembled(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with defaults, plain Python values and no paths."""
+    """The content with defaults and plain Python values, and without what a report keeps to itself."""
     unknown = set(content) - set(DEFAULTS) - {"title", "result", "predictions"}
     assert not unknown, (
         f"build_report does not know {sorted(unknown)}; it takes title, result, predictions, {', '.join(DEFAULTS)}"
     )
-    c = DEFAULTS | {k: v if k in ("predictions", "examples") else _printable(v) for k, v in content.items()}
-    c["examples"] = [{**row, "caption": _printable(row["caption"])} for row in c["examples"]]
+    given = {**content, **{key: private.settings(content.get(key) or {}) for key in ("recipe", "environment")}}
+    c = DEFAULTS | {k: v if k in ("predictions", "examples") else private.printable(v) for k, v in given.items()}
+    c["examples"] = [{**row, "caption": private.printable(row["caption"])} for row in c["examples"]]
     units, patients, runs = performance.frame_facts(c["predictions"])
-    result = RESULT | {"images": units, "units": units, "patients": patients} | c["result"]
+    result = RESULT | {"images": units, "units": units, "patients": patients} | private.told(c["result"])
     result.setdefault("labels", list(dict.fromkeys(c["predictions"]["label"])))
     result.setdefault("score", "probability" if result["kind"] == "classify" else "distance")
     result["table"] = sorted(result["table"], key=lambda row: row["label"] != "macro")
@@ -137,6 +136,7 @@ def _head(c: Mapping[str, Any]) -> dict[str, Any]:
         "kind": kind,
         "synthetic": synthetic,
         "lead": [_headline(c), f"Backbone: {result['backbone']}. {result['overlap_sentence']}"],
+        "judged": _judged(c),
         "said": said,
         "warnings": warnings,
         "tiles": _tiles(c),
@@ -155,6 +155,14 @@ def _headline(c: Mapping[str, Any]) -> str:
     pooled = f", the {result['pool']} of their images' scores" if result["pool"] else ""
     of = f" of {result['patients']:,} patients" if result["level"] != "patient" else ""
     return f"AUROC {told(first['auroc'])} for {what} on {result['units']:,} {word}{c['units']}{of}{pooled}."
+
+
+def _judged(c: Mapping[str, Any]) -> str:
+    result, units = c["result"], c["units"]
+    if result["level"] == "image":
+        return "Every figure judges images, each by its own score; intervals resample patients."
+    how = f", each by the {result['pool']} of its images' scores" if result["pool"] else ""
+    return f"Every figure judges {units}, not images{how}; intervals resample patients."
 
 
 def _tiles(c: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -207,16 +215,3 @@ def whisker(column: Any, cell: Any) -> dict[str, Any] | None:
         "chance": place(chance),
         "sure": found.get("estimable", True),
     }
-
-
-def _printable(value: Any) -> Any:
-    """Plain Python values with absolute paths cut down to their last name."""
-    if isinstance(value, Mapping):
-        return {str(key): _printable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [_printable(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return _printable(value.tolist())
-    if isinstance(value, (str, Path)):
-        return _PATH.sub("", str(value))
-    return value if value is None or isinstance(value, (bool, int, float)) else str(value)

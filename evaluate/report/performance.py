@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,13 @@ from carina.evaluate.report.document import (
     Table,
     Text,
     label_name,
+    slug,
     told,
 )
 from carina.metrics.reliability import reliability
 
 FEW = re.compile(r"only (\d+) patients? (?:has|have) a (positive|negative) image; fewer than 20 ")
+MANY = 40  # labels beyond which charts are left to the files of points: a page of hundreds is heavy and nobody reads it
 INTERVALS = (
     "95 % intervals resample patients, not images. The drawings run from 0 to 1; the dashed mark is chance: 0.5 for AUROC, "
     "the share of positives for average precision. Pale italics: not estimable, the interval should not be relied on."
@@ -58,7 +60,8 @@ def discrimination(c: Mapping[str, Any]) -> Section | None:
     columns += [Column("AUROC", "drawn", chance=0.5), Column("Average precision", "drawn")]
     columns += [Column("FPR at 95 % TPR", "number")] * anomaly
     cells = [
-        [label_name(row["label"]), row["n"], row["positives"], row["auroc"], Drawn(row["ap"], prevalence(row))]
+        [label_name(row["label"]), row["n"], None if row["label"] == "macro" else row["positives"], row["auroc"]]
+        + [Drawn(row["ap"], prevalence(row))]
         + [row.get("fpr95")] * anomaly
         for row in rows
     ]
@@ -96,11 +99,23 @@ def drawn_labels(c: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], lis
     return found
 
 
+def charted(c: Mapping[str, Any], labels: Iterable[str]) -> set[str]:
+    """Of many labels the first MANY, those that can be estimated before others."""
+    sure = {row["label"] for row in c["result"]["table"] if (row["auroc"] or {}).get("estimable", True)}
+    return set(sorted(labels, key=lambda label: label not in sure)[:MANY])
+
+
 def charts(
     c: Mapping[str, Any], name: str, words: str, drawings: Sequence[tuple[str, figures.Drawing, str]]
 ) -> list[Block]:
     """One group of charts from (label, drawing, words under the label)."""
     word = "Synthetic: " if c["result"]["synthetic"] else ""
+    more = [drawing.data.assign(label=label) for label, drawing, _ in drawings if not drawing.svg]
+    if more:
+        words += (
+            f" Drawn are {len(drawings) - len(more)} of {len(drawings)} labels, the first that can be estimated; the points "
+            f"of all stand in figures/{slug(name)}.csv."
+        )
     made = [
         Chart(
             label_name(label),
@@ -110,44 +125,48 @@ def charts(
             drawing.data.assign(label=label)[["label", *drawing.data.columns]],
         )
         for label, drawing, under in drawings
+        if drawing.svg
     ]
-    return [Charts(name, words, made)] if made else []
+    return [Charts(name, words, made, more)] if made else []
 
 
 def curves(c: Mapping[str, Any]) -> Section | None:
-    labels, synthetic = drawn_labels(c), c["result"]["synthetic"]
+    labels, synthetic, units = drawn_labels(c), c["result"]["synthetic"], c["units"]
+    chosen = charted(c, [label for label, _, _ in labels])
     probability = c["result"]["score"] == "probability"
 
     def group(name: str, words: str, figure: str | None, draw: Callable[..., figures.Drawing]) -> list[Block]:
         made = [
-            (label, draw(row, runs), told(row[figure]) if figure and row.get(figure) else "")
+            (label, draw(row, runs, label in chosen), told(row[figure]) if figure and row.get(figure) else "")
             for label, row, runs in labels
         ]
         return charts(c, name, words, made)
 
-    def histogram(_: Mapping[str, Any], runs: list[figures.Run]) -> figures.Drawing:
+    def histogram(_: Mapping[str, Any], runs: list[figures.Run], shown: bool) -> figures.Drawing:
         target, score = (np.concatenate([run[i] for run in runs]) for i in (0, 1))
-        return figures.histogram(target, score, probability, synthetic)
+        return figures.histogram(target, score, probability, synthetic, shown)
 
     blocks = [
         *group(
             "ROC curves",
-            "How many of the positive images are found (up) for how many false alarms (right). The band is the 95 % "
+            f"How many of the positive {units} are found (up) for how many false alarms (right). The band is the 95 % "
             "interval at each point, patients resampled; the dashed line is chance. Several runs are thin lines; a label "
             "with too few patients has no band.",
             "auroc",
-            lambda row, runs: figures.roc(runs, not row or row["auroc"].get("estimable", True), synthetic),
+            lambda row, runs, shown: figures.roc(
+                runs, not row or row["auroc"].get("estimable", True), synthetic, shown
+            ),
         ),
         *group(
             "Precision and recall",
-            "Of the images that are called, how many have the finding (up), and how many of all findings that reaches "
-            "(right). The dashed line is the share of images with the finding.",
+            f"Of the {units} that are called, how many have the finding (up), and how many of all findings that reaches "
+            f"(right). The dashed line is the share of {units} with the finding.",
             "ap",
-            lambda _, runs: figures.precision_recall(runs, synthetic),
+            lambda _, runs, shown: figures.precision_recall(runs, synthetic, shown),
         ),
         *group(
             "Scores",
-            "The scores of images with and without the finding, each as shares of its class.",
+            f"The scores of {units} with and without the finding, each as shares of its class.",
             None,
             histogram,
         ),
@@ -156,7 +175,8 @@ def curves(c: Mapping[str, Any]) -> Section | None:
 
 
 def thresholds(c: Mapping[str, Any]) -> Section | None:
-    rows = [row for row in c["result"]["table"] if row.get("threshold") is not None]
+    found = [(row.get("threshold"), row.get("sensitivity"), row) for row in c["result"]["table"]]
+    rows = [row for threshold, sensitivity, row in found if threshold is not None or sensitivity is not None]
     if not rows:
         return None
     names = [
@@ -169,12 +189,12 @@ def thresholds(c: Mapping[str, Any]) -> Section | None:
     names = [(key, name) for key, name in names if any(row.get(key) is not None for row in rows)]
     columns = [Column("Label"), Column("Threshold", "number"), *(Column(name, "figure") for _, name in names)]
     cells = [
-        [label_name(row["label"]), _threshold(row["threshold"]), *(as_figure(row.get(key)) for key, _ in names)]
+        [label_name(row["label"]), _threshold(row.get("threshold")), *(as_figure(row.get(key)) for key, _ in names)]
         for row in rows
     ]
     caption = f"At thresholds from {c['result']['thresholds_from']}"
     below = (
-        "PPV and NPV, the predictive values, hold for the share of positives among these images and for no other. "
+        "PPV and NPV, the predictive values, hold for the share of positives here and for no other. "
         "With 95 % intervals, patients resampled."
     )
     blocks: list[Block] = [Table("thresholds", caption, columns, cells, below=below)]
@@ -193,7 +213,10 @@ def thresholds(c: Mapping[str, Any]) -> Section | None:
     return Section("At the operating points", blocks)
 
 
-def _threshold(value: float) -> str:
+def _threshold(value: float | None) -> str:
+    """Several fits are pooled, each called at its own."""
+    if value is None:
+        return "each fit's own"
     return f"{value:.3g}" if abs(value) < 0.1 else f"{value:.3f}"
 
 
@@ -227,14 +250,16 @@ def calibration(c: Mapping[str, Any]) -> Section | None:
         )
         blocks.append(Table("calibration", "Calibration by label", columns, cells, _macro(rows), below))
     bins = result.get("calibration_bins") or {}
-    drawings = []
-    for label, _, runs in drawn_labels(c):
+    drawings, labels = [], drawn_labels(c)
+    chosen = charted(c, [label for label, _, _ in labels])
+    for label, _, runs in labels:
         target, score = (np.concatenate([run[i] for run in runs]) for i in (0, 1))
         found = bins.get(label) or reliability(target, score)
-        drawings.append((label, figures.calibration(found, result["synthetic"]), ""))
+        drawings.append((label, figures.calibration(found, result["synthetic"], label in chosen), ""))
+    units = c["units"]
     words = (
-        "Images in groups of about equal size: the probability they were given (right) against the share that has the "
-        "finding (up). On the dashed line a probability means what it says. Bars: 95 % by images (Wilson)."
+        f"{units.capitalize()} in groups of about equal size: the probability they were given (right) against the share "
+        f"that has the finding (up). On the dashed line a probability means what it says. Bars: 95 % by {units} (Wilson)."
     )
     blocks += charts(c, "Calibration curves", words, drawings)
     return Section("Calibration", blocks) if blocks else None
@@ -242,9 +267,11 @@ def calibration(c: Mapping[str, Any]) -> Section | None:
 
 def decisions(c: Mapping[str, Any]) -> Section | None:
     found = c["result"].get("decision_curves") or {}
-    drawings = [(label, figures.decision(one, c["result"]["synthetic"]), "") for label, one in found.items() if one]
+    found = {label: one for label, one in found.items() if one}
+    chosen, synthetic, units = charted(c, found), c["result"]["synthetic"], c["units"]
+    drawings = [(label, figures.decision(one, synthetic, label in chosen, units), "") for label, one in found.items()]
     words = (
-        "Net benefit (Vickers and Elkin 2006): findings caught an image, less false alarms weighed by the threshold "
+        f"Net benefit (Vickers and Elkin 2006) of 100 {units}: findings caught, less false alarms weighed by the threshold "
         "probability at which one would act. The model is of use where its line lies above calling all and calling none."
     )
     blocks = charts(c, "Decision curves", words, drawings)

@@ -20,6 +20,7 @@ from carina.evaluate.report.document import (
     Text,
     cell_text,
     count,
+    guarded,
     slug,
     table_frame,
 )
@@ -46,13 +47,12 @@ _LATEX = {
     "\u2264": r"\ensuremath{\leq}",
     "\u00a0": "~",
     "\u202f": r"\,",
-    "\n": " ",
 }
 
 
 def latex(text: str) -> str:
     """Any text as LaTeX shows it, for pdflatex with its usual encoding."""
-    return "".join(_LATEX.get(letter, letter) for letter in text)
+    return "".join(_LATEX.get(letter, letter) for letter in " ".join(text.splitlines()))
 
 
 def latex_table(table: Table, synthetic: bool) -> str:
@@ -60,8 +60,11 @@ def latex_table(table: Table, synthetic: bool) -> str:
     names = [latex(column.name) for column in table.columns]
     align = "".join("r" if column.kind in NUMBERS else "p{0.4\\textwidth}" if _wide(table, number) else "l"
                     for number, column in enumerate(table.columns))  # fmt: skip
-    head = " & ".join(names) + r" \\"
-    rows = [" & ".join(latex(cell_text(*pair)) for pair in zip(table.columns, row)) + r" \\" for row in table.rows]
+    # Without {} a row that begins with [ or * would be taken for an option of the rule or the \\ before it.
+    head = "{}" + " & ".join(names) + r" \\"
+    rows = [
+        "{}" + " & ".join(latex(cell_text(*pair)) for pair in zip(table.columns, row)) + r" \\" for row in table.rows
+    ]
     caption = latex(table.caption + (" (synthetic images)" if synthetic else "") + ". " + table.below).strip()
     label = rf"\label{{tab:{slug(table.name)}}}"
     lines = [r"% needs \usepackage{booktabs}" + (", longtable" if len(rows) > LONG else "")]
@@ -101,14 +104,18 @@ def write_points(folder: Path, sections: Sequence[Section]) -> None:
     """A file for every group of charts, one row a drawn point."""
     for block in (block for section in sections for block in section.blocks if isinstance(block, Charts)):
         frames = [chart.data for chart in block.charts]
-        pd.concat(frames, ignore_index=True).to_csv(folder / f"{slug(block.name)}.csv", index=False)
+        guarded(pd.concat([*frames, *block.more], ignore_index=True)).to_csv(
+            folder / f"{slug(block.name)}.csv", index=False
+        )
 
 
 def markdown(head: Mapping[str, Any], sections: Sequence[Section]) -> str:
     word = " (synthetic)" if head["synthetic"] else ""
     lines = [f"# {_safe(head['title'])}{word}", "", *_paragraphs(head["lead"])]
     lines += [line for sentence in head["warnings"] for line in (f"> {_safe(sentence)}", "")]
-    lines += [*(f"* {_safe(sentence)}" for sentence in head["said"]), ""] if head["said"] else []
+    lines += (
+        [_safe(head["judged"]), "", *(f"* {_safe(sentence)}" for sentence in head["said"]), ""] if head["said"] else []
+    )
     for section in sections:
         lines += [f"## {_safe(section.title)}{word if section.figures else ''}", ""]
         for block in section.blocks:
@@ -126,7 +133,8 @@ def _block(block: Any) -> list[str]:
         said = [f"* {_safe(s)}" for s in block.sentences] if block.listed else _paragraphs(block.sentences)
         return [*said, ""]
     if isinstance(block, Code):
-        return ["```", block.text, "```", ""]
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", block.text)), default=0))
+        return [fence, block.text, fence, ""]
     if isinstance(block, Charts):
         labels = [f"{_safe(chart.title)} {chart.words}".strip() for chart in block.charts if chart.title]
         shown = [": ".join([f"**{_safe(block.name)}**", "; ".join(labels)]) if labels else f"**{_safe(block.name)}**"]
@@ -160,5 +168,6 @@ def _paragraphs(sentences: Sequence[str]) -> list[str]:
 
 def _safe(text: str) -> str:
     """Markdown that shows a text as it is: no tags, no markup, no broken tables."""
-    text = text.replace("\\", "\\\\").replace("<", "&lt;").replace(">", "&gt;").replace("\n", " ")
-    return re.sub(r"([|`*_\[\]])", r"\\\1", text)
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", " ".join(text.splitlines()).strip().replace("\\", "\\\\"))
+    text = text.replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([|`*_\[\]]|^[#~]|^[-+](?=\s)|(?<=^\d)[.)](?=\s))", r"\\\1", text)

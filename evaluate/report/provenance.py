@@ -9,6 +9,7 @@ import yaml
 
 from carina import __version__
 from carina.evaluate.report.document import Block, Code, Column, Flow, Section, Table, Text, count, label_name
+from carina.models.hub.few import FEW, OLDEST, counted
 
 KNOWN = "known "  # how the steps of the flow that concern one label begin
 
@@ -73,27 +74,29 @@ def _people(c: Mapping[str, Any]) -> Table | None:
     rows = [
         ["Images", *(count(facts["images"]) for _, facts in people)],
         ["Patients", *(count(facts["patients"]) for _, facts in people)],
-        ["Age in years: median (range)", *(_age(facts) for _, facts in people)],
+        ["Age in years: median (5th to 95th percentile)", *(_age(facts) for _, facts in people)],
     ]
     for name, key in (("Sex", "sex"), ("View", "view"), ("Source", "source")):
         rows.append([name, *(_shares(facts.get(key) or {}, facts["images"]) for _, facts in people)])
     columns = [Column(""), *(Column(name) for name, _ in people)]
-    below = "Ages are told of 20 patients and more."
+    below = f"Ages, one a patient, are told of {FEW} patients and more; older than {OLDEST} counts as {OLDEST}."
     return Table("people", "Who is shown, by image", columns, rows, below=below)
 
 
 def _age(facts: Mapping[str, Any]) -> str:
-    if facts.get("age_median") is None:
+    """Without the youngest and the oldest, which an earlier carina kept."""
+    if facts.get("age_median") is None or facts["patients"] < FEW:
         return "unknown or too few"
-    low, high = facts["age_range"]
-    return f"{facts['age_median']:.0f} ({low:.0f} to {high:.0f})"
+    between = facts.get("age_percentiles")
+    return f"{facts['age_median']:.0f}" + (f" ({between[0]:.0f} to {between[1]:.0f})" if between else "")
 
 
-def _shares(counts: Mapping[str, int], total: int) -> str:
+def _shares(counts: Mapping[str, int | None], total: int) -> str:
     if not counts:
         return "unknown"
-    return ", ".join(f"{name} {number:,}" + (f" ({number / total:.0%})" if len(counts) > 1 else "")
-                     for name, number in counts.items())  # fmt: skip
+    several = len(counts) > 1
+    return ", ".join(f"{name} {counted(n)}" + (f" ({n / total:.0%})" if several and n and n >= FEW else "")
+                     for name, n in counts.items())  # fmt: skip
 
 
 def seen(c: Mapping[str, Any]) -> Section:

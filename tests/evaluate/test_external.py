@@ -102,7 +102,8 @@ def test_recalibration_on_half_of_the_patients_mends_the_other_half():
 
 def test_prevalence_here_stands_beside_that_in_training():
     one = scored()
-    rows = prevalence_shift(one)
+    given = one.labels, one.targets, one.patients
+    rows = prevalence_shift(*given, one.train_counts)
     known = ~np.isnan(one.targets[:, 0])
     assert rows[0]["test_prevalence"] == pytest.approx(one.targets[known, 0].mean())
     assert (rows[0]["train_prevalence"], rows[0]["train_n"], rows[0]["test_n"]) == (0.1, 1000, known.sum())
@@ -111,5 +112,9 @@ def test_prevalence_here_stands_beside_that_in_training():
     assert "Effusion 10.0% to" in text and "Hernia" not in text
     same = [{**rows[0], "test_prevalence": 0.12}]
     assert shift_sentences(same) == []
-    unknown = prevalence_shift(scored(train_counts=None))
+    unknown = prevalence_shift(*given, None)
     assert unknown[0]["train_prevalence"] is None and shift_sentences(unknown) == []
+    few = prevalence_shift(
+        one.labels, one.targets[:30], one.patients[:30], {"Effusion": {"positive": 1, "negative": 9}}
+    )
+    assert all(row[key] is None for row in few for key in row if key != "label")

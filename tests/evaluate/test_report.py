@@ -13,8 +13,9 @@ import pytest
 from sklearn.metrics import roc_curve
 
 from carina.data.store import select
-from carina.evaluate.report import build_report, checklists, figures, page, plain
+from carina.evaluate.report import build_report, checklists, figures, page, plain, private
 from carina.evaluate.report.content import _dealt, _kinds
+from carina.evaluate.report.document import Column, Table, table_frame
 from carina.metrics.intervals import patient_bootstrap
 from carina.metrics.resampling import patient_codes, patient_resamples
 from carina.models.predictor import load_predictor
@@ -153,7 +154,7 @@ def full(content):
     lungs = np.zeros((48, 40), bool)
     lungs[10:30, 8:30] = True
     people = {"images": 160, "patients": 80, "view": {"AP": 90, "PA": 70}, "sex": {"F": 80, "M": 80}, "source": {"nih": 160},
-              "age_median": 50.0, "age_range": [20.0, 80.0]}  # fmt: skip
+              "age_median": 50.0, "age_percentiles": [20.0, 80.0]}  # fmt: skip
     return content | {
         "result": result,
         "examples": [
@@ -242,10 +243,106 @@ def test_holds_no_identifier_and_no_path(built):
         ("1/10/100 % n/a AUROC/AP", "1/10/100 % n/a AUROC/AP"),
         ("hub:org/name", "hub:org/name"),
         ("http://a.b/c/d", "http://a.b/c/d"),
+        ("doi:10.1148/ryai.240300, see https://a.b/c.", "doi:10.1148/ryai.240300, see https://a.b/c."),
+        ("nih14:/data/nih/hospital", "nih14:hospital"),
+        ("path:/home/jane/run1", "path:run1"),
+        ("file:///home/jane/x/y", "y"),
+        ("s3://jane-bucket/x/y", "y"),
+        ("\\\\server\\share\\jane\\x", "x"),
+        ("D:/jane/x and C:\\Users\\Jane Doe\\y.csv", "x and y.csv"),
+        ("../Doe_John_1950/store", "store"),
+        ("~jane/store", "store"),
+        ("read /data/John Doe/xrays/run.", "read run."),
     ],
 )
 def test_only_the_last_name_of_a_path_is_kept(text, kept):
-    assert page._printable({"key": [text]}) == {"key": [kept]}
+    assert private.printable({"key": [text]}) == {"key": [kept]}
+
+
+def test_places_are_cut_by_their_key_and_conditions_at_any_depth():
+    recipe = {
+        "backbone": "home/Doe_John/run", "init": "timm:resnet18.a1_in1k", "out": "jane, x/run", "lr": 0.1,
+        "probe": {"where": "patient_id == 'x'", "store": ["hub:org/name", "hub:/jane/x", "jane/store"]},
+        "rows": ["content_hash != 'ab'"], "pool": [{"rows": "mrn in ['7']"}], "where": "view == 'AP'", "loss": "bce",
+    }  # fmt: skip
+    assert private.settings(recipe) == {
+        "backbone": "run", "init": "timm:resnet18.a1_in1k", "out": "run", "lr": 0.1,
+        "probe": {"where": private.HIDDEN, "store": ["hub:org/name", "x", "store"]},
+        "rows": [private.HIDDEN], "pool": [{"rows": private.HIDDEN}], "where": "view == 'AP'", "loss": "bce",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("where", "shown"),
+    [
+        ("view == 'PA' and age >= 18", True),
+        ("(sex == 'F') | ~(label_Pleural_Thickening == 1) & source in ['nih', 'x'] and 17 < age < 80", True),
+        ("content_hash == 'ab12'", False),
+        ("patient_id == 'x'", False),
+        ("view == 'PA' and duplicates != 3", False),
+        ("age == 93 and sex == 'F'", False),
+        ("age > 90", False),
+        ("age in [40]", False),
+        ("-age > -18", False),
+        ("view == 'PA' and age.between(40, 40)", False),
+        ("index == 7", False),
+        ("view ==", False),
+    ],
+)
+def test_a_condition_is_shown_where_its_columns_name_nobody(where, shown, tmp_path, content):
+    assert private.condition(where) == (where if shown else private.HIDDEN)
+    step = {"step": f"where {where}", "images": 99, "patients": 50, "note": ""}
+    result = content["result"] | {"where": where, "flow": [step]}
+    page_content = page.assembled(content | {"result": result, "recipe": {"a": [{"where": where}]}})
+    for text in (
+        page_content["result"]["where"],
+        page_content["result"]["flow"][0]["step"],
+        str(page_content["recipe"]),
+    ):
+        assert (where in text or repr(where) in text) is shown
+
+
+def few_rows(full):
+    """Groups by age of 60, 30 and 3 patients, as an older metrics.json told them."""
+    row = {**full["result"]["subgroups"][0], "variable": "age", "auroc": figure(0.987, 0.976, 0.998)}
+    sizes = {"18 to 39": 60, "40 to 59": 30, "80 and older": 3}
+    return [row | {"group": group, "patients": n, "n": 2 * n, "positives": n - 1} for group, n in sizes.items()]
+
+
+def test_groups_of_few_patients_are_named_and_not_told(tmp_path, full):
+    """Nor the next smallest where it alone would tell them, as the whole less the others."""
+    rows = few_rows(full)
+    worst = full["result"]["worst"][0] | {
+        "variable": "age",
+        "group": "80 and older",
+        "sentence": "Old ones fare worse.",
+    }
+    shares = {"18 to 39": 0.9833, "80 and older": 0.6667}
+    mixed = full["result"]["confounders"][0] | {"variable": "age", "prevalence": shares}
+    result = full["result"] | {"subgroups": rows, "worst": [worst], "confounders": [mixed]}
+    found = read(tmp_path, full | {"result": result})
+    assert (
+        "80 and older (not shown)" in found.text
+        and "groups of fewer than 20 patients" in found.text
+        and "98%" in found.text
+    )
+    assert "Old ones fare worse." not in found.text and "67%" not in found.text
+    table = pd.read_csv(tmp_path / "tables" / "subgroups.csv", index_col="Group")
+    assert table.loc["18 to 39", ["Images", "Patients", "Positive", "AUROC"]].tolist() == [120, 60, 59, 0.987]
+    assert table.iloc[1:, 2:].drop(columns="AUROC, estimable", errors="ignore").isna().all(axis=None)
+    assert found.text.count("0.987") == 1 and (tmp_path / "report.md").read_text().count("0.987") == 1
+    kept_back = [{**rows[0], "withheld": True, "n": None, "patients": None, "positives": None, "auroc": None, "ap": None,
+                  "note": "too few patients to be shown"}]  # fmt: skip
+    assert "18 to 39 (not shown)" in read(tmp_path, full | {"result": result | {"subgroups": kept_back}}).text
+
+
+def test_few_people_are_not_counted_and_no_age_is_that_of_one(tmp_path, full):
+    people = dict(full["people"])["Test"] | {"sex": {"F": 151, "M": 9}, "view": {"AP": None, "PA": 140}}
+    old = people | {"age_range": [8.0, 97.0]}
+    old.pop("age_percentiles")
+    found = read(tmp_path, full | {"people": [("Training", old), ("Test", people)]})
+    assert "M fewer than 20" in found.text and "AP fewer than 20" in found.text and "50 (20 to 80)" in found.text
+    assert "97" not in (tmp_path / "tables" / "people.csv").read_text() and "Training" in found.text
 
 
 def test_pictures_only_where_they_are_allowed(built, tmp_path, full):
@@ -333,6 +430,63 @@ def test_control_rows_and_localization_have_their_tables(tmp_path, content):
     assert "script" not in shown.tags and "Control rows" not in read(tmp_path, content).text
 
 
+def test_pooled_folds_keep_their_operating_points(tmp_path, full):
+    """Each fold has a threshold of its own, so none stands in the table."""
+    table = [row | {"threshold": None} for row in full["result"]["table"]]
+    found = read(tmp_path, full | {"result": full["result"] | {"table": table}})
+    assert "At the operating points" in found.text and "each fit's own" in found.text and "0.123" in found.text
+
+
+def test_the_level_that_is_judged_is_said(tmp_path, full):
+    found = read(tmp_path, full | {"result": full["result"] | {"level": "patient", "pool": "max"}})
+    for words in ("Every figure judges patients, not images, each by the max of", "positive patients are found",
+                  "Patients in groups of about equal size", "net benefit of 100 patients"):  # fmt: skip
+        assert words in found.text
+    assert "judges images" in read(tmp_path, full).text
+
+
+def test_many_labels_have_all_points_and_some_charts(tmp_path, content):
+    rng, names = np.random.default_rng(0), [f"Finding {n:02}" for n in range(55)]
+    ids = {"image_id": np.arange(50).astype(str), "patient_id": np.arange(50).astype(str), "seed": 0}
+    frames = [
+        pd.DataFrame(ids | {"label": name, "target": np.arange(50) % 2 * 1.0, "score": rng.random(50)})
+        for name in names
+    ]
+    sure = figure(0.5, 0.4, 0.6)
+    rows = [
+        {"label": name, "n": 50, "positives": 25, "note": "", "auroc": sure | {"estimable": n >= 10}, "ap": sure}
+        for n, name in enumerate(names)
+    ]
+    found = read(tmp_path, content | {"result": {"table": rows}, "predictions": pd.concat(frames)})
+    drawn = [alt.split(" of ")[1].split(":")[0] for alt in found.alts if alt.startswith("ROC")]
+    assert drawn == names[10:50] and "Drawn are 40 of 55 labels" in found.text
+    for name in ("roc-curves", "precision-and-recall", "scores", "calibration-curves"):
+        points = pd.read_csv(tmp_path / "figures" / f"{name}.csv")
+        assert set(points["label"]) == set(names), name
+    assert len(pd.read_csv(tmp_path / "tables" / "results.csv")) == 55
+
+
+def test_the_mean_over_labels_counts_nobody(built):
+    table = pd.read_csv(built / "tables" / "results.csv").set_index("Label")["Positive"]
+    assert np.isnan(table["Mean over labels"]) and table["Effusion"] == 64
+
+
+def test_names_that_look_like_markup_stay_names():
+    table = Table("x", "Cap", [Column("Group"), Column("v", "number")],
+                  [["[2mm] lesion", 0.1], ["*b", 0.2], ["=HYPERLINK('e')", -0.5], ["@x", None], ["-3.5e-2", -1.0],
+                   ["+cmd", 1.0]])  # fmt: skip
+    text = plain.latex_table(table, False)
+    assert not re.search(r"(\\\\|\\midrule|\\toprule)\s*[\[*]", text) and "{}[2mm] lesion" in text
+    frame = table_frame(table)
+    assert frame["Group"].tolist() == ["[2mm] lesion", "*b", "'=HYPERLINK('e')", "'@x", "-3.5e-2", "'+cmd"]
+    assert frame["v"].tolist()[:3] == [0.1, 0.2, -0.5]
+    for name in ("Cost $x", r"$\frac{$", "A $a$ B"):
+        drawing = figures.stack_drawing({"weights": {name: [0.5, 0.5]}, "scales": [128, 256]}, False)
+        assert f">{name}<" in drawing.svg
+    assert plain._safe("a\r# H\u2028b\x85c") == "a # H b c" and plain._safe("# H") == r"\# H"
+    assert plain._safe("&lt;b&gt; A & B") == "&amp;lt;b&amp;gt; A & B"
+
+
 def test_latex_is_balanced_escaped_and_compiles_where_there_is_a_tex(built, tmp_path):
     tables = sorted((built / "tables").glob("*.tex"))
     assert len(tables) > 12
@@ -375,6 +529,40 @@ def test_every_drawn_point_is_written(built, full):
     names = {path.name for path in (built / "figures").iterdir()}
     assert names == {"roc-curves.csv", "precision-and-recall.csv", "scores.csv", "calibration-curves.csv",
                      "decision-curves.csv", "audit-robustness.csv"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overlap", "answer"),
+    [
+        (None, "Not known."),
+        ({"known": False, "doubts": [], "stages": {}}, "Not known."),
+        (
+            {"known": True, "doubts": [], "stages": {"thresholds": {"patients": 82, "identical_images": 0}}},
+            "Not disjoint.",
+        ),
+        (
+            {"known": True, "doubts": [], "stages": {"pretrain": {"patients": 0, "near_identical_images": 3}}},
+            "Not disjoint.",
+        ),
+        ({"known": True, "doubts": ["x"], "stages": {"pretrain": {"patients": 0}}}, "In doubt."),
+        ({"known": True, "doubts": [], "stages": {"pretrain": {"patients": 0}}}, "Patient."),
+    ],
+)
+def test_checklists_claim_no_more_than_the_run_knows(full, overlap, answer):
+    result = full["result"] | {"overlap": overlap, "overlap_sentence": "A sentence.", "split": "all"}
+
+    def answers(**given):
+        return checklists.answers(page.assembled(full | {"result": result} | given))
+
+    found = answers(recipe={"uncertain": {"Edema": "ones"}}, preparation={"keep": "chest"})
+    assert found["disjoint"] == f"{answer} A sentence."
+    assert ("by patient: none" in found["partitions"]) is (answer == "Patient.") and "All rows" in found["partitions"]
+    assert "Frontal" not in found["eligibility"] and "Edema: ones" in found["missing"]
+    assert "imputed" not in found["missing"] and "Frontal" not in answers()["eligibility"]
+    assert answers(recipe={"uncertain": "ignore"})["missing"].endswith("Nothing was imputed.")
+    assert answers(preparation={"keep": "frontal"})["eligibility"].startswith("Frontal")
+    titles = [section.title for build in page.SECTIONS if (section := build(page.assembled(full))) is not None]
+    assert found["updated"].split("under ")[1].rstrip(".") in titles and "patients of whom" in found["events"]
 
 
 def test_checklists_have_their_items_once_and_say_what_the_run_does_not_know(full):

@@ -41,6 +41,19 @@ def test_a_hand_made_table():
     assert alone.scores(SCORES) is SCORES and alone.targets(TARGETS) is TARGETS
 
 
+def test_facts_are_told_where_the_images_of_a_unit_agree():
+    table = TABLE.assign(
+        age=[17.0, 61, 61, 17, 65, NAN],
+        manufacturer=["X", "Y", "X", "", "Z", "X"],
+        source=["a", "b", "a", "a", "b", "c"],
+        split="test",
+    )
+    found = Pooling(table, "patient", "max").table(table, list(table.columns)).set_index("image_id")
+    assert found["age"].tolist() == pytest.approx([NAN, 61, NAN], nan_ok=True)
+    assert found["manufacturer"].tolist() == ["X", "", "X"] and found["source"].tolist() == ["a", "b", "c"]
+    assert found["sex"].tolist() == ["F", "M", ""] and found["split"].tolist() == ["test"] * 3
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from(["max", "mean"]))
 def test_pooling_is_the_plain_loop(seed, pool):
@@ -90,6 +103,12 @@ def test_levels_through_the_verb(phantom_store, tmp_path):
         told = json.loads((out / "metrics.json").read_text())
         assert (told["level"], told["pool"]) == (level, "mean")
         word = {"study": "studies", "patient": "patients"}[level]
+        assert told["unit"] == word and any("need not mean what they say" in text for text in told["sentences"])
+        shift = {row["label"]: row for row in told["external"]["shift"]}
+        alone = flat[flat["target"].notna()].groupby("label")["target"]
+        for label, share in alone.mean().items():  # of images, as in training
+            assert shift[label]["test_prevalence"] == pytest.approx(share)
+            assert shift[label]["test_n"] == alone.size()[label]
         assert f"Test {word}" in (out / "report.html").read_text()
     with pytest.raises(CarinaError, match=r"other rows \(level, pool differ\)"):
         evaluate(str(run), {**how, "level": "study", "out": str(run / "evaluations" / "all")}, quiet=True)

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -18,7 +20,7 @@ from carina.metrics.reliability import (
     replicate_calibration,
 )
 from carina.metrics.resampling import patient_codes, patient_resamples, replicate
-from carina.metrics.strata import by_group, within_groups
+from carina.metrics.strata import by_group, pairs_by_group, within_groups
 from carina.metrics.thresholds import replicate_decisions
 
 # scores from few values, so that ties are common
@@ -202,6 +204,38 @@ def test_no_slope_without_an_error_and_nothing_with_one_class():
         calibration_line(y, np.linspace(0, 4, 60), patients)
 
 
+@pytest.mark.parametrize("name", ["right 9 times of 10", "at random", "two values", "far too extreme"])
+def test_saturated_scores_have_a_finite_intercept_that_sets_the_mean_right(name):
+    rng = np.random.default_rng(1)
+    y = rng.integers(0, 2, 200).astype(float)
+    p = {
+        "right 9 times of 10": np.where(rng.random(200) < 0.9, y, 1 - y),
+        "at random": rng.integers(0, 2, 200).astype(float),
+        "two values": np.where((y == 1) | (rng.random(200) < 0.5), 0.6, 0.4),
+        "far too extreme": expit(np.float32(40 * (y - 0.5 + rng.normal(size=200)))).astype(float),
+    }[name]
+    slope, intercept = calibration_line(y, p, np.arange(200))
+    clipped = logit(np.clip(p, 1e-7, 1 - 1e-7))
+    assert expit(intercept.value + clipped).mean() == pytest.approx(y.mean(), abs=1e-9)
+    for found in (slope, intercept):
+        assert found.estimable == bool(np.isfinite([found.value, found.low, found.high]).all())
+        assert found.estimable or found.reason
+    cooled, shift = recalibration(y, p)
+    assert 0.05 <= cooled <= 20 and expit(clipped / cooled + shift).mean() == pytest.approx(y.mean(), abs=1e-6)
+    if name == "two values":
+        assert np.isnan(slope.value) and "share one score" in slope.reason
+
+
+def test_equal_scores_have_no_slope_and_are_not_called_perfect():
+    y = np.repeat([0.0, 1.0], [30, 70])
+    slope, intercept = calibration_line(y, np.full(100, 0.3), np.arange(100))
+    assert np.isnan(slope.value) and not slope.estimable and "all scores are equal" in slope.reason
+    assert intercept.value == pytest.approx(logit(0.7) - logit(0.3))
+    assert recalibration(y, np.full(100, 0.3)) == pytest.approx((1.0, logit(0.7) - logit(0.3)))
+    # of equal scores the interval is that of a share, whose logit has the error 1 / sqrt(n q (1 - q))
+    assert intercept.high - intercept.value == pytest.approx(1.96 / np.sqrt(99 * 0.7 * 0.3), rel=1e-3)
+
+
 def test_recalibration_finds_what_spoiled_the_probabilities():
     rng = np.random.default_rng(2)
     z = 1.5 * rng.normal(size=20000)
@@ -258,12 +292,42 @@ def test_decisions_equal_scikit_learn_and_bayes_on_the_sample_and_on_a_resample(
                 assert np.isnan(read(found["ppv_at_prevalence"])[1])
 
 
+def test_memory_of_groups_does_not_grow_with_their_number():
+    target, probability, patients = study(3000, labels=4)
+    most = []
+    for count in (2, 30):
+        groups = np.arange(len(target)) % count
+        tracemalloc.start()
+        found = [
+            *by_group(target, probability, groups, patients, "auroc", 3),
+            *pairs_by_group(target, groups, patients, 3),
+        ]
+        kept = sum(one.boot.nbytes + one.jackknife.nbytes for one in found)
+        most.append(tracemalloc.get_traced_memory()[1] - kept)
+        tracemalloc.stop()
+    assert most[1] < 1.2 * most[0]
+
+
+def test_pairs_that_hang_on_few_patients_count_as_few():
+    target = np.repeat([1.0, 0, 1, 0], [60, 2, 1, 140])[:, None]
+    groups, who = np.repeat([0, 1], [62, 141]), np.arange(203)
+    score = np.random.default_rng(0).normal(size=(203, 1))
+    whole = replicate(target, score[None], who, "auroc", 20)
+    parts = by_group(target, score, groups, who, resamples=20)
+    within = within_groups(parts, pairs_by_group(target, groups, who, 20), whole)
+    # a positive of the first group is in 2 pairs, that of the second in 140
+    weights = np.repeat([2.0, 140.0], [60, 1])
+    assert within.counts[0, 3] == int(weights.sum() ** 2 / (weights**2).sum()) == 3
+    one = within_groups([whole], pairs_by_group(target, np.zeros(203, int), who, 20), whole)
+    assert one.counts.tolist() == whole.counts.tolist() and one.boot == pytest.approx(whole.boot)
+
+
 def test_pairs_of_one_group_are_counted_one_by_one():
     target, probability, patients = study(220, labels=2)
     groups = np.random.default_rng(3).integers(0, 3, len(target))
     whole = replicate(target, probability[None], patients, "auroc", 30, 2)
     parts = by_group(target, probability, groups, patients, "auroc", 30, 2)
-    within = within_groups(target, parts, whole, groups, patients)
+    within = within_groups(parts, pairs_by_group(target, groups, patients, 30, 2), whole)
     drawn = np.concatenate(list(patient_resamples(patient_codes(patients), 30, 2)), axis=1)
     times = drawn[np.searchsorted(np.unique(patients), patients), 7]
     for weight, values, own in (

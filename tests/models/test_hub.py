@@ -3,6 +3,7 @@ plays."""
 
 import hashlib
 import json
+import re
 import shutil
 from types import SimpleNamespace
 from typing import ClassVar
@@ -295,14 +296,36 @@ def test_the_table_shows_plain_numbers_intervals_sentences_and_groups():
              "note": "not estimable"}  # fmt: skip
     figure = {"value": 0.8, "low": 0.7, "high": 0.9}
     whole = {**plain, "label": "B", "auroc": figure, "sensitivity": figure, "note": ""}
-    group = {"variable": "view", "group": "AP", "label": "B", "n": 1200, "positives": 7, "auroc": figure, "note": ""}
+    group = {"variable": "view", "group": "AP", "label": "B", "n": 1200, "patients": 900, "positives": 7,
+             "auroc": figure, "note": ""}  # fmt: skip
+    few = {**group, "group": "PA", "n": 23, "patients": 19, "positives": 1}
+    other = {**group, "group": "LL", "patients": 40}
+    mean = {**whole, "label": "macro", "positives": None}
     metrics = {"kind": "classify", "mode": "frozen", "split": "test", "synthetic": False, "patients": 1500,
-               "labels_used": "9 patients", "table": [plain, whole], "subgroups": [group],
+               "labels_used": "9 patients", "table": [mean, plain, whole], "subgroups": [group, few, other],
                "sentences": ["B is read off the view."]}  # fmt: skip
     card = evaluation_table(metrics)
     assert "| A | - | 0.500 | 0.750 | 9 of 90 | not estimable |" in card and "1,500 patients" in card
     assert "| B | 0.800 (0.700 to 0.900) | 0.500 | 0.800 (0.700 to 0.900) | 9 of 90 |  |" in card
     assert "* B is read off the view." in card and "| B | view | AP | 7 of 1,200 | 0.800 (0.700 to 0.900) |" in card
+    assert "| B | view | PA |  | - | fewer than 20 patients: not shown |" in card and "of 23" not in card
+    assert "| B | view | LL |  | - | not shown: a smaller group could be computed from it |" in card
+    assert "| macro | 0.800 (0.700 to 0.900) | 0.500 | 0.800 (0.700 to 0.900) |  |  |" in card
+
+
+def test_ages_and_counts_of_few_that_an_earlier_record_holds_are_not_published(hub, pretrained, tmp_path):
+    shutil.copytree(pretrained, tmp_path / "run")
+    path = tmp_path / "run" / "backbone" / "carina.json"
+    record = read_json(path)
+    rows = record["data"], *record["data"]["by_source"].values()
+    for row in rows:
+        row |= {"age_range": [8.0, 97.0], "sex": {"F": 140, "M": 7}, "age_median": 50.0}
+        row.pop("age_percentiles")
+    write_json(path, record)
+    send(tmp_path / "run", tmp_path / "out")
+    for text in ((tmp_path / "out" / name).read_text() for name in ("carina.json", "README.md")):
+        assert "97.0" not in text and "8 to 97" not in text and not re.search(r"M\W+7\b", text)
+    assert "F 140, M fewer than 20" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_published_recipe_makes_the_same_run(hub, pretrained, tmp_path):

@@ -22,6 +22,7 @@ from carina.models.export import (
     write_onnx,
 )
 from carina.models.hub.card import backbone_card, predictor_card
+from carina.models.hub.few import told_people
 from carina.models.hub.results import evaluation_table
 from carina.models.hub.scan import findings
 from carina.models.hub.sections import Told
@@ -107,6 +108,8 @@ def assemble(
     with atomic_folder(out) as temporary:
         shutil.copytree(artefact.folder, temporary, dirs_exist_ok=True)
         record = _public(artefact.record)
+        for path in temporary.rglob("carina.json"):
+            write_json(path, _public(read_json(path)))
         write_text(temporary / "recipe.yaml", yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True))
         formats = _formats(artefact, temporary, record, onnx, say)
         told = Told(**{**vars(told), "formats": formats, "results": [evaluation_table(one) for one in metrics],
@@ -144,6 +147,7 @@ def _refuse_memory(artefact: Artefact, allowed: bool) -> None:
 
 
 def _public(record: dict[str, Any]) -> dict[str, Any]:
+    record = told_people(record)
     return {**record, "where": PRIVATE} if record.get("where") is not None else record
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from carina.models.hub.few import shown_groups
+
 COLUMNS = {"auroc": "AUROC", "ap": "average precision", "sensitivity": "sensitivity", "specificity": "specificity"}
 
 
@@ -21,8 +23,8 @@ def evaluation_table(metrics: Mapping[str, Any]) -> str:
         f"| label | {' | '.join(COLUMNS[name] for name in shown)} | positives | note |",
         "| --- |" + " ---: |" * (len(shown) + 1) + " --- |",
         *(
-            f"| {row['label']} | {' | '.join(_figure(row.get(name)) for name in shown)} | {row['positives']:,} of "
-            f"{row['n']:,} | {row['note']} |"
+            f"| {row['label']} | {' | '.join(_figure(row.get(name)) for name in shown)} | {_positives(row)} | "
+            f"{row['note']} |"
             for row in metrics["table"]
         ),
     ]
@@ -40,14 +42,21 @@ def _figure(value: Any) -> str:
     return f"{figure['value']:.3f}" + ("" if low is None or high is None else f" ({low:.3f} to {high:.3f})")
 
 
+def _positives(row: Mapping[str, Any]) -> str:
+    """The mean over labels has none of its own."""
+    if row["label"] == "macro" or row["positives"] is None:
+        return ""
+    return f"{row['positives']:,} of {row['n']:,}"
+
+
 def _groups(rows: Any) -> str:
     """Subgroups, folded away: there may be many."""
     if not rows:
         return ""
     lines = [
-        f"| {row['label']} | {row['variable']} | {row['group']} | {row['positives']:,} of {row['n']:,} | "
-        f"{_figure(row['auroc'])} | {row.get('note') or ''} |"
-        for row in rows
+        f"| {row['label']} | {row['variable']} | {row['group']} | {_positives(row)} | {_figure(row['auroc'])} | "
+        f"{row.get('note') or ''} |"
+        for row in shown_groups(rows)
     ]
     head = ["| label | by | group | positives | AUROC | note |", "| --- | --- | --- | ---: | ---: | --- |"]
     folded = ["<details><summary>Within groups of patients and images</summary>", "", *head, *lines, "", "</details>"]

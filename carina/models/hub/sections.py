@@ -10,6 +10,7 @@ import yaml
 
 from carina import __version__
 from carina.models.hub.clauses import Clause
+from carina.models.hub.few import FEW, counted
 from carina.models.hub.words import METHODS, labeled, methods
 
 NOT_A_DEVICE = (
@@ -120,19 +121,24 @@ def source_table(data: Mapping[str, Any]) -> list[str]:
         *(
             f"| {name} | {row['images']:,} | {row['patients']:,} | {counts(row['view'])} | {counts(row['sex'])} | "
             f"{_age(row)} |"
+            if len(rows) == 1 or row["patients"] >= FEW
+            else f"| {name} | {counted(None)} | {counted(None)} | | | |"
             for name, row in rows.items()
         ),
     ] if rows else ["Sources and persons were not recorded."]  # fmt: skip
 
 
-def counts(values: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {number:,}" for name, number in values.items()) or "unknown"
+def counts(values: Mapping[str, int | None]) -> str:
+    return ", ".join(f"{name} {counted(number)}" for name, number in values.items()) or "unknown"
 
 
 def _age(row: Mapping[str, Any]) -> str:
-    if row["age_median"] is None:
+    """An earlier carina kept the youngest and the oldest, which are not told."""
+    if row["age_median"] is None or row["patients"] < FEW:
         return "unknown or too few"
-    return f"median {row['age_median']:.0f}, {row['age_range'][0]:.0f} to {row['age_range'][1]:.0f}"
+    low, high = row.get("age_percentiles") or (None, None)
+    between = "" if low is None else f", 5th to 95th percentile {low:.0f} to {high:.0f}"
+    return f"median {row['age_median']:.0f}{between}"
 
 
 def label_table(data: Mapping[str, Any]) -> list[str]:
