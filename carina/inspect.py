@@ -267,7 +267,8 @@ def _scores(metrics: dict[str, Any]) -> dict[str, Any]:
         if auroc["value"] is None:
             return f"not estimable: {row['note']}"
         span = "" if auroc["low"] is None else f" ({auroc['low']:.3f} to {auroc['high']:.3f})"
-        return f"AUROC {auroc['value']:.3f}{span}, {row['positives']} of {row['n']} positive"
+        count = "" if row["positives"] is None else f", {row['positives']} of {row['n']} positive"
+        return f"AUROC {auroc['value']:.3f}{span}{count}"
 
     return {row["label"]: say(row) for row in metrics["table"]}
 

@@ -21,6 +21,7 @@ from carina.metrics.thresholds import AT_PREVALENCE, NAMES, replicate_decisions
 
 MACRO = "macro"
 # by positives in training (Holste et al., DALI 2022, cut NIH and MIMIC there)
+ESTIMABLE = "estimable"
 HEAD, TAIL = 1000, 100
 ALPHA = 0.05
 FEWEST = 20  # patients of a group whose figures are told: of fewer they would say what single ones have
@@ -183,6 +184,10 @@ def averages(scored: Scored) -> list[dict[str, Any]]:
     entries = [
         _average(scored, MACRO, np.ones(len(usable), bool), usable, "the mean over labels, each counting the same")
     ]
+    enough = (scored.auroc.counts[:, 3:5] >= MIN_POSITIVES).all(axis=1)
+    if enough.any() and not enough[usable].all():
+        words = f"the mean over labels with at least {MIN_POSITIVES} patients of each class"
+        entries.append(_average(scored, ESTIMABLE, enough, usable, words))
     flat, scores = scored.targets.reshape(-1, 1), scored.scores.reshape(1, -1, 1)
     people = np.repeat(scored.patients, len(scored.labels))
     pooled = [

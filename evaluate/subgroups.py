@@ -20,7 +20,7 @@ VARIABLES = ("view", "sex", "age", "manufacturer", "source")
 UNKNOWN, OTHER = "unknown", "other"
 MOST_GROUPS = 10  # of a variable; the smaller ones are one group
 TOO_FEW = f"fewer than {FEWEST} patients: not shown"
-HIDDEN = "not shown, so that a smaller group cannot be computed from it"
+UNCOUNTED = "counts are not shown, so that a smaller group cannot be computed from them"
 ALPHA = 0.05
 WORDS = {"age": "age band"}
 
@@ -28,7 +28,7 @@ WORDS = {"age": "age band"}
 @dataclass(frozen=True)
 class Grouped:
     """One variable: names of its groups, codes (N,), AUROC, average precision and pairs of each group, and why the figures
-    of a group and label are not told: (groups, L) of text, empty where they are."""
+    or the counts of a group and label are not told: (groups, L) of text, empty where they are."""
 
     variable: str
     names: list[str]
@@ -41,6 +41,18 @@ class Grouped:
     @property
     def word(self) -> str:
         return WORDS.get(self.variable, self.variable)
+
+    def figure(self, measured: Sequence[Replicates], number: int, column: int) -> dict[str, Any] | None:
+        """Of one group and label, as far as it may be told."""
+        why = self.hidden[number, column]
+        if why == TOO_FEW:
+            return None
+        found = figure(measured[number], column)
+        return _uncounted(found) if why else found
+
+
+def _uncounted(found: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if key.startswith("num_") else value for key, value in found.items()}
 
 
 def groups_of(facts: pd.DataFrame, variable: str) -> np.ndarray:
@@ -57,8 +69,8 @@ def groups_of(facts: pd.DataFrame, variable: str) -> np.ndarray:
 def hidden_groups(targets: np.ndarray, patients: np.ndarray, codes: np.ndarray, count: int) -> np.ndarray:
     """(groups, L) of text: why the figures of a group are not told, empty where they are.
 
-    A group with fewer than 20 patients of known target is hidden, and then the next smallest ones until at least 20 patients
-    are hidden together: else the whole less what is shown would give back what was not.
+    Of a group with fewer than 20 patients of known target nothing is told, and then the next smallest ones lose their counts
+    until at least 20 patients are uncounted together: else the whole less what is counted would give back what was not.
     """
     people, hidden = patient_codes(patients), np.full((count, targets.shape[1]), "", dtype=object)
     for column, known in enumerate((~np.isnan(targets)).T):
@@ -70,7 +82,7 @@ def hidden_groups(targets: np.ndarray, patients: np.ndarray, codes: np.ndarray, 
             if not 0 < len(together) < FEWEST:
                 break
             if sizes[number] >= FEWEST:
-                hidden[number, column] = HIDDEN
+                hidden[number, column] = UNCOUNTED
                 together = np.union1d(together, found[number])
     return hidden
 
@@ -100,31 +112,30 @@ def grouped(scored: Scored) -> tuple[list[Grouped], list[str]]:
 def subgroups(scored: Scored, variables: Sequence[Grouped]) -> list[dict[str, Any]]:
     """A row a variable, group and label. Patients are resampled from all, so a group's size varies as it would.
 
-    Rows that are withheld (few patients, or needed to hide those) keep their names and lose every figure and count.
+    Rows of few patients are withheld: they keep their names and lose every figure and count. Those from which they could be
+    computed keep AUROC and average precision, which do not add up to those of the whole.
     """
     rows = []
     for one in variables:
         for number, name in enumerate(one.names):
             decided = scored.decided(of_group(scored.targets, one.codes, number))
             for column, label in enumerate(scored.labels):
-                start = {"variable": one.variable, "group": name, "label": label}
-                if why := one.hidden[number, column]:
-                    empty = ("n", "patients", "positives", "auroc", "ap", "sensitivity", "specificity")
-                    rows.append({**start, "withheld": True, **dict.fromkeys(empty), "note": why})
-                    continue
-                auroc, counts = figure(one.auroc[number], column), one.auroc[number].counts[column]
+                why = one.hidden[number, column]
+                auroc, counts = one.figure(one.auroc, number, column), one.auroc[number].counts[column]
                 rows.append(
                     {
-                        **start,
-                        "withheld": False,
-                        "n": int(counts[0] + counts[1]),
-                        "patients": int(counts[5]),
-                        "positives": int(counts[0]),
+                        "variable": one.variable,
+                        "group": name,
+                        "label": label,
+                        "withheld": bool(why),
+                        "n": None if why else int(counts[0] + counts[1]),
+                        "patients": None if why else int(counts[5]),
+                        "positives": None if why else int(counts[0]),
                         "auroc": auroc,
-                        "ap": figure(one.ap[number], column),
-                        "sensitivity": figure(decided.get("sensitivity"), column),
-                        "specificity": figure(decided.get("specificity"), column),
-                        "note": "" if auroc["estimable"] else auroc["reason"],
+                        "ap": one.figure(one.ap, number, column),
+                        "sensitivity": None if why else figure(decided.get("sensitivity"), column),
+                        "specificity": None if why else figure(decided.get("specificity"), column),
+                        "note": why or ("" if auroc["estimable"] else auroc["reason"]),
                     }
                 )
     return rows
@@ -156,9 +167,10 @@ def confounders(scored: Scored, variables: Sequence[Grouped]) -> list[dict[str, 
             separated = label == 0 and np.isnan(found.value)
             if separated and (one.hidden[:, chosen[0]].any() or np.isnan(scored.auroc.point[0, chosen[0]])):
                 continue
-            hidden = one.hidden[:, chosen].any(axis=1)
-            shown = {name for name, lost in zip(one.names, hidden) if not lost}
+            few, uncounted = ((one.hidden[:, chosen] == why).any(axis=1) for why in (TOO_FEW, UNCOUNTED))
+            shown = {name for name, lost in zip(one.names, few | uncounted) if not lost}
             share = {} if label is None else shares[chosen[0]]
+            parts = [None if lost else figure(part.select(chosen), label) for part, lost in zip(one.auroc, few)]
             entry = {
                 "variable": one.variable,
                 "label": MACRO if label is None else scored.labels[chosen[0]],
@@ -166,8 +178,8 @@ def confounders(scored: Scored, variables: Sequence[Grouped]) -> list[dict[str, 
                 "overall": figure(scored.auroc.select(chosen) if separated else overall, label),
                 "within": _reliable(interval(inside, label), one.word).to_dict(),
                 "groups": {
-                    name: figure(part.select(chosen), label) if name in shown else None
-                    for name, part in zip(one.names, one.auroc)
+                    name: _uncounted(part) if part and lost else part
+                    for name, part, lost in zip(one.names, parts, uncounted)
                 },
                 "difference": found.to_dict(),
                 "among_negatives": figure(negatives.select(chosen), label),
@@ -203,12 +215,12 @@ def _shares(scored: Scored, one: Grouped) -> list[dict[str, float]]:
 
 def _of_richer_groups(scored: Scored, one: Grouped, shares: Sequence[dict[str, float]]) -> np.ndarray:
     """(N, L): among negatives 1 in groups with a share of positives above that of all, 0 in those below; else NaN, and in
-    groups that are not shown."""
+    groups of few patients."""
     result = np.full(scored.targets.shape, np.nan)
     for column, (target, share) in enumerate(zip(scored.targets.T, shares)):
         well = target == 0
         if well.any():
-            hidden = one.hidden[:, column] != ""
+            hidden = one.hidden[:, column] == TOO_FEW
             by_code = np.where(hidden, np.nan, [share.get(name, np.nan) for name in one.names])
             beyond = by_code[one.codes[well]] - np.nanmean(target)
             result[well, column] = np.where((beyond == 0) | np.isnan(beyond), np.nan, beyond > 0)
@@ -271,12 +283,12 @@ def worst(scored: Scored, variables: Sequence[Grouped]) -> list[dict[str, Any]]:
 
     Pairs across groups are in neither figure, so that groups which differ in prevalence alone have no gap. The group is
     chosen by looking, so p is multiplied by the number of groups it was chosen from (two groups are one test), then
-    corrected over all entries (Holm). Groups that are not shown are in neither figure.
+    corrected over all entries (Holm). Groups of few patients are in neither figure.
     """
     entries, gaps = [], []
     for one in variables:
         for column, label in enumerate(scored.labels):
-            shown = np.flatnonzero(one.hidden[:, column] == "")
+            shown = np.flatnonzero(one.hidden[:, column] != TOO_FEW)
             parts, pairs = ({n: found[n].select([column]) for n in shown} for found in (one.auroc, one.pairs))
             figures = {number: figure(part, 0) for number, part in parts.items()}
             usable = [number for number in shown if figures[number]["estimable"]]
@@ -291,7 +303,7 @@ def worst(scored: Scored, variables: Sequence[Grouped]) -> list[dict[str, Any]]:
                     "variable": one.variable,
                     "label": label,
                     "group": one.names[lowest],
-                    "auroc": figures[lowest],
+                    "auroc": one.figure(one.auroc, lowest, column),
                     "gap": found.to_dict(),
                     "chosen_from": len(usable),
                 }

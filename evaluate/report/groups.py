@@ -33,7 +33,7 @@ def _variable(row: Mapping[str, Any]) -> str:
 
 
 def _group(row: Mapping[str, Any]) -> str:
-    return f"{row['group']} (not shown)" if row["n"] is None else str(row["group"])
+    return f"{row['group']} (not shown)" if row["n"] is None and row["auroc"] is None else str(row["group"])
 
 
 def _told(rows: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
@@ -109,7 +109,9 @@ def _forest(rows: Sequence[Mapping[str, Any]], table: Sequence[Mapping[str, Any]
         "The groups of a variable are other patients, so their figures may differ by chance alone."
     )
     if any(row["n"] is None for row in rows):
-        below += f" Not shown: groups of {FEWER} patients, and others from which such a group could be computed."
+        below += (
+            f" Not shown: groups of {FEWER} patients, and counts from which those of such a group could be computed."
+        )
     opened = {label_name(row["label"]) for row in sure}
     return Table("subgroups", "Figures by group", columns, cells, below=below, folded=True, opened=opened)
 

@@ -150,11 +150,22 @@ def _headline(c: Mapping[str, Any]) -> str:
     first = result["table"][0]
     if first["auroc"]["value"] is None:
         return f"Nothing can be estimated: {first['note']}"
-    what = "the mean over labels" if first["label"] == "macro" else label_name(first["label"])
+    auroc, what = first["auroc"], label_name(first["label"])
+    if first["label"] == "macro":
+        what = "the mean over labels"
+        if sure := _estimable(result):
+            auroc, what = sure["auroc"], f"the mean over the {len(sure['labels'])} labels with enough patients"
+            if len(sure["labels"]) == 1:
+                what = f"{label_name(sure['labels'][0])}, the one label with enough patients"
     word = "synthetic " if result["synthetic"] else ""
     pooled = f", the {result['pool']} of their images' scores" if result["pool"] else ""
     of = f" of {result['patients']:,} patients" if result["level"] != "patient" else ""
-    return f"AUROC {told(first['auroc'])} for {what} on {result['units']:,} {word}{c['units']}{of}{pooled}."
+    return f"AUROC {told(auroc)} for {what} on {result['units']:,} {word}{c['units']}{of}{pooled}."
+
+
+def _estimable(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The mean over the labels that have enough patients, where some have not."""
+    return next((row for row in result.get("averages") or () if row["name"] == "estimable" and row["auroc"]), None)
 
 
 def _judged(c: Mapping[str, Any]) -> str:
@@ -169,9 +180,11 @@ def _tiles(c: Mapping[str, Any]) -> list[dict[str, str]]:
     result, tiles = c["result"], []
     if result["table"]:
         first = result["table"][0]
-        for name, found in (("AUROC", first["auroc"]), ("average precision", first["ap"])):
+        sure = _estimable(result) or first
+        for name, found in (("AUROC", sure["auroc"]), ("average precision", sure["ap"])):
             if found and found["value"] is not None:
                 what = f"mean {name}" if first["label"] == "macro" else f"{name}, {label_name(first['label'])}"
+                what += f", {len(sure['labels'])} of {len(result['labels'])} labels" if sure is not first else ""
                 under = f"95 % interval {span(found)}" if found["estimable"] else "interval not estimable"
                 tiles.append({"name": what, "value": three(found["value"]), "under": under, "figure": True})
     units, patients, runs = performance.frame_facts(c["predictions"])

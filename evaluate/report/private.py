@@ -121,7 +121,7 @@ def told(result: Mapping[str, Any]) -> dict[str, Any]:
     result["worst"] = [
         row
         for row in result.get("worst") or ()
-        if not hidden(row, row["group"]) and (row["auroc"] or {}).get("num_patients", FEW) >= FEW
+        if not hidden(row, row["group"]) and ((row["auroc"] or {}).get("num_patients") or FEW) >= FEW
     ]
     return result
 

@@ -95,7 +95,12 @@ def test_averages_name_their_labels_and_bounds():
     one = scored()
     found = {entry["name"]: entry for entry in averages(one)}
     alone = {row["label"]: row["auroc"]["value"] for row in metric_table(one)}
-    assert list(found) == ["macro", "micro", "head", "medium", "tail"]
+    assert list(found) == ["macro", "estimable", "micro", "head", "medium", "tail"]
+    sure = found["estimable"]
+    assert sure["labels"] == [row["label"] for row in metric_table(one)[1:] if row["auroc"]["estimable"]] == LABELS[:2]
+    assert sure["auroc"]["estimable"] and sure["auroc"]["value"] == pytest.approx(
+        np.mean([alone[n] for n in LABELS[:2]])
+    )
     assert found["macro"]["labels"] == LABELS[:3] and found["macro"]["left_out"] == ["Edema"]
     assert found["macro"]["auroc"]["value"] == pytest.approx(np.mean([alone[name] for name in LABELS[:3]]))
     known = ~np.isnan(one.targets)

@@ -336,6 +336,16 @@ def test_groups_of_few_patients_are_named_and_not_told(tmp_path, full):
     assert "18 to 39 (not shown)" in read(tmp_path, full | {"result": result | {"subgroups": kept_back}}).text
 
 
+def test_the_headline_is_of_the_labels_that_can_be_estimated(tmp_path, full):
+    result = dict(full["result"])
+    f = {**result["averages"][0]["auroc"], "value": 0.777, "low": 0.7, "high": 0.8, "estimable": True}
+    macro = {**result["table"][0], "label": "macro", "auroc": {**f, "value": 0.555, "estimable": False}}
+    sure = {"name": "estimable", "labels": ["A", "B"], "left_out": [], "words": "", "auroc": f, "ap": f}
+    changed = result | {"table": [macro, *result["table"]], "averages": [sure]}
+    found = read(tmp_path, full | {"result": changed}).text
+    assert "AUROC 0.777 (0.700 to 0.800) for the mean over the 2 labels with enough patients" in found
+
+
 def test_few_people_are_not_counted_and_no_age_is_that_of_one(tmp_path, full):
     people = dict(full["people"])["Test"] | {"sex": {"F": 151, "M": 9}, "view": {"AP": None, "PA": 140}}
     old = people | {"age_range": [8.0, 97.0]}

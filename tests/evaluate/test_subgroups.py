@@ -97,22 +97,34 @@ def test_nothing_is_told_of_few_patients_nor_can_it_be_computed_from_the_rest(si
     assert {name for name, found in people.items() if len(found) < FEWEST} <= hidden
     together = set().union(*(people[name] for name in hidden))
     assert len(together) >= min(FEWEST, len(set(one.patients[known]))) or not together
-    assert all(numbers_in(row) == [] for row in rows if row["withheld"])
-    assert not any(row["group"] in hidden for row in worst(one, variables) if row["variable"] == "manufacturer")
+    few = {name for name in hidden if len(people[name]) < FEWEST}
+    assert all(numbers_in(row) == [] for row in rows if row["group"] in few)
+    for row in (row for row in rows if row["withheld"] and row["group"] not in few):
+        figures = row.pop("auroc"), row.pop("ap")
+        assert numbers_in(row) == [] and all(found["value"] is not None for found in figures)
+        assert not any(value for found in figures for key, value in found.items() if key.startswith("num_"))
+    entries = [row for row in worst(one, variables) if row["variable"] == "manufacturer"]
+    assert not any(row["group"] in few for row in entries)
+    assert all(row["auroc"]["num_patients"] is None for row in entries if row["group"] in hidden)
     for entry in (entry for entry in confounders(one, variables) if entry["variable"] == "manufacturer"):
-        assert all(entry[key][name] is None for key in ("prevalence", "groups") for name in hidden & set(entry[key]))
+        assert all(entry["prevalence"][name] is None for name in hidden & set(entry["prevalence"]))
+        groups = entry["groups"]
+        assert all(groups[name] is None for name in few) and all(
+            groups[n]["num_patients"] is None for n in hidden - few
+        )
         assert not any(f"of {name}" in entry["sentence"] for name in hidden)
         if (told := entry["among_negatives"]) is not None:
-            seen = known & ~np.isin(names, list(hidden)) & (one.targets[:, 0] == 0)
+            seen = known & ~np.isin(names, list(few)) & (one.targets[:, 0] == 0)
             assert told["num_positives"] + told["num_negatives"] <= seen.sum()
 
 
-def test_one_small_group_takes_the_next_smallest_with_it():
+def test_one_small_group_takes_the_counts_of_the_next_smallest_with_it():
     sizes = {"a": 300, "b": 61, "c": 38, "d": 1}
     one = scored(manufacturer=np.repeat(list(sizes), 2 * np.array(list(sizes.values()))))
     rows = {r["group"]: r for r in subgroups(one, grouped(one)[0]) if r["variable"] == "manufacturer"}
     assert {name: row["withheld"] for name, row in rows.items()} == {"a": False, "b": False, "c": True, "d": True}
     assert "fewer than 20 patients" in rows["d"]["note"] and "cannot be computed" in rows["c"]["note"]
+    assert rows["c"]["n"] is None and rows["c"]["auroc"]["value"] is not None and rows["d"]["auroc"] is None
 
 
 def test_a_planted_confounder_is_found_and_a_clean_score_is_cleared():

@@ -54,7 +54,7 @@ def shown_groups(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def kept_back(rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, str, str]]:
     """(variable, label, group) of the rows that `shown_groups` emptied."""
-    return {(row["variable"], row["label"], str(row["group"])) for row in rows if row["n"] is None}
+    return {(row["variable"], row["label"], str(row["group"])) for row in rows if row["auroc"] is None}
 
 
 def _patients(row: Mapping[str, Any]) -> int:
