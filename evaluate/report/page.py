@@ -184,8 +184,8 @@ def _tiles(c: Mapping[str, Any]) -> list[dict[str, str]]:
         for name, found in (("AUROC", sure["auroc"]), ("average precision", sure["ap"])):
             if found and found["value"] is not None:
                 what = f"mean {name}" if first["label"] == "macro" else f"{name}, {label_name(first['label'])}"
-                what += f", {len(sure['labels'])} of {len(result['labels'])} labels" if sure is not first else ""
                 under = f"95 % interval {span(found)}" if found["estimable"] else "interval not estimable"
+                under += f"; {len(sure['labels'])} of {len(result['labels'])} labels" if sure is not first else ""
                 tiles.append({"name": what, "value": three(found["value"]), "under": under, "figure": True})
     units, patients, runs = performance.frame_facts(c["predictions"])
     tiles.append({"name": f"Test {c['units']}", "value": count(units), "under": "", "figure": False})
