@@ -18,6 +18,7 @@ import numpy as np
 import timm.layers
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from pydantic import Field as Limit
 from torch import nn
 
@@ -283,7 +284,9 @@ def chart(fields: Sequence[Field], thorax: float | None = None) -> bytes:
         yscale="log", xlabel="layer", ylabel="side / width of the thorax" if thorax else "side / side of the image"
     )
     axes.set_xticks(sorted({found.layer for found in fields}))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("Receptive field: 95 % of the energy (dashed: theoretical)", fontsize=9.5, color=INK, loc="left")
     axes.legend(frameon=False, fontsize=8, title="scale", title_fontsize=8)
