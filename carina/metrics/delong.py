@@ -16,7 +16,7 @@ from scipy.special import expit, logit, ndtr, ndtri
 from carina.errors import CarinaError
 from carina.metrics.intervals import Difference, Interval, doubt
 from carina.metrics.ranking import Ranking
-from carina.metrics.resampling import class_counts, patient_codes
+from carina.metrics.resampling import class_counts, distinct, patient_codes
 
 
 def placements(target: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -50,7 +50,7 @@ def auroc_covariance(target: np.ndarray, scores: np.ndarray, patients: np.ndarra
     count = int(codes.max(initial=-1)) + 1
     positive, negative = codes[target == 1], codes[target == 0]
     sizes = len(positive), len(negative)
-    clusters = [len(np.unique(some)) for some in (positive, negative, np.concatenate([positive, negative]))]
+    clusters = [distinct(some) for some in (positive, negative, np.concatenate([positive, negative]))]
     if not all(sizes):
         return np.full(len(scores), np.nan), np.full((len(scores), len(scores)), np.nan)
     areas, sums = [], []
