@@ -18,16 +18,15 @@ from pydantic import Field
 
 from carina.errors import CarinaError
 from carina.evaluate.mcnemar import decision_tests, thresholds_of
-from carina.evaluate.terminal import plain
+from carina.evaluate.terminal import plain, three
 from carina.files import read_json
 from carina.metrics.delong import auroc_difference, auroc_interval
-from carina.metrics.intervals import MIN_POSITIVES, Difference, Interval, difference, holm, interval
+from carina.metrics.intervals import ALPHA, MIN_POSITIVES, Difference, Interval, difference, holm, interval
 from carina.metrics.resampling import Replicates, replicate
 from carina.recipes import Section
 
 COLUMNS = ("image_id", "patient_id", "split", "fold", "seed", "label", "target", "score")
 METRIC_NAMES = {"auroc": "AUROC", "average_precision": "average precision"}
-ALPHA = 0.05
 Method = Literal["bootstrap", "delong"]
 
 
@@ -277,9 +276,6 @@ def main(
 def table(result: dict[str, Any]) -> Any:
     """The result of `compare` as a `rich.table.Table` for the terminal."""
     from rich.table import Table
-
-    def three(value: float | None, sign: str = "") -> str:
-        return "-" if value is None else f"{value:{sign}.3f}"
 
     synthetic = "synthetic images; " if result["synthetic"] else ""
     shown = Table(

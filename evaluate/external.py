@@ -9,10 +9,11 @@ import numpy as np
 
 from carina.data.splits import patient_folds
 from carina.data.store import Selection
-from carina.evaluate.numbers import FEWEST, Scored, figure, listed
+from carina.evaluate.numbers import Scored, figure, listed
 from carina.metrics.intervals import MIN_POSITIVES
 from carina.metrics.reliability import calibration_line, recalibrated, recalibration, replicate_calibration
 from carina.models.hub.clauses import origins_of
+from carina.models.hub.few import FEW
 
 MOVED = 2.0  # ratio of prevalences above which a shift is said
 
@@ -100,7 +101,7 @@ def prevalence_shift(
         counts = (train_counts or {}).get(label)
         trained = counts["positive"] + counts["negative"] if counts else 0
         known = ~np.isnan(target)
-        enough, before = len(set(patients[known])) >= FEWEST, trained >= FEWEST
+        enough, before = len(set(patients[known])) >= FEW, trained >= FEW
         rows.append(
             {
                 "label": label,

@@ -11,10 +11,8 @@ import numpy as np
 from carina.draws import permutation
 from carina.files import read_json
 from carina.metrics.agreement import mcnemar_test
-from carina.metrics.intervals import holm
+from carina.metrics.intervals import ALPHA, holm
 from carina.metrics.resampling import patient_codes
-
-ALPHA = 0.05
 
 
 def thresholds_of(folder: str | Path) -> dict[str, float]:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from carina.errors import CarinaError, nearest
 from carina.metrics.decisions import net_benefit
-from carina.metrics.intervals import MIN_POSITIVES, holm, interval, p_value_against
+from carina.metrics.intervals import ALPHA, MIN_POSITIVES, holm, interval, p_value_against
 from carina.metrics.ranking import false_positive_rate
 from carina.metrics.reliability import BINS, calibration_line, reliability, replicate_calibration
 from carina.metrics.resampling import Replicates, replicate
@@ -20,11 +20,9 @@ from carina.metrics.strata import by_group, pairs_by_group, within_groups
 from carina.metrics.thresholds import AT_PREVALENCE, NAMES, replicate_decisions
 
 MACRO = "macro"
-# by positives in training (Holste et al., DALI 2022, cut NIH and MIMIC there)
 ESTIMABLE = "estimable"
+# by positives in training (Holste et al., DALI 2022, cut NIH and MIMIC there)
 HEAD, TAIL = 1000, 100
-ALPHA = 0.05
-FEWEST = 20  # patients of a group whose figures are told: of fewer they would say what single ones have
 TREATED = np.arange(0.01, 1, 0.01)  # probabilities at which one would act, of decision curves
 CALIBRATION = ("brier", "ece", "calibration_slope", "calibration_intercept")
 

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from carina.evaluate.numbers import FEWEST, MACRO, Scored, figure, told
+from carina.evaluate.numbers import MACRO, Scored, figure, told
 from carina.evaluate.studies import AGES, age_bands
-from carina.metrics.intervals import MIN_POSITIVES, Difference, Interval, holm, interval
+from carina.metrics.intervals import ALPHA, MIN_POSITIVES, Difference, Interval, holm, interval
 from carina.metrics.resampling import Replicates, patient_codes
 from carina.metrics.strata import alike, by_group, gap, of_group, pairs_by_group, within_groups
+from carina.models.hub.few import FEW, FEWER
 
 VARIABLES = ("view", "sex", "age", "manufacturer", "source")
 UNKNOWN, OTHER = "unknown", "other"
 MOST_GROUPS = 10  # of a variable; the smaller ones are one group
-TOO_FEW = f"fewer than {FEWEST} patients: not shown"
+TOO_FEW = f"{FEWER} patients: not shown"
 UNCOUNTED = "counts are not shown, so that a smaller group cannot be computed from them"
-ALPHA = 0.05
 WORDS = {"age": "age band"}
 
 
@@ -76,12 +76,12 @@ def hidden_groups(targets: np.ndarray, patients: np.ndarray, codes: np.ndarray, 
     for column, known in enumerate((~np.isnan(targets)).T):
         found = [np.unique(people[known & (codes == number)]) for number in range(count)]
         sizes = np.array([len(one) for one in found])
-        hidden[sizes < FEWEST, column] = TOO_FEW
-        together = np.unique(np.concatenate([one for one in found if len(one) < FEWEST] or [people[:0]]))
+        hidden[sizes < FEW, column] = TOO_FEW
+        together = np.unique(np.concatenate([one for one in found if len(one) < FEW] or [people[:0]]))
         for number in np.argsort(sizes, kind="stable"):
-            if not 0 < len(together) < FEWEST:
+            if not 0 < len(together) < FEW:
                 break
-            if sizes[number] >= FEWEST:
+            if sizes[number] >= FEW:
                 hidden[number, column] = UNCOUNTED
                 together = np.union1d(together, found[number])
     return hidden

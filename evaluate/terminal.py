@@ -23,8 +23,8 @@ def terminal_table(result: dict[str, Any]) -> Any:
     rows = []
     for row in result["table"]:
         count = "" if row["positives"] is None else f"{row['positives']} of {row['n']}"
-        cells = [row["label"], *_figures(row["auroc"]), _three(row["ap"]["value"])]
-        cells += [_three(row.get("fpr95"))] * detects + [count]
+        cells = [row["label"], *_figures(row["auroc"]), three(row["ap"]["value"])]
+        cells += [three(row.get("fpr95"))] * detects + [count]
         rows.append([*cells, *[result["pretext_saw"], result["labels_used"]] * detects, row["note"]])
     shown = [_table(title, result["overlap_sentence"], names, rows)]
     if result.get("scales"):
@@ -35,13 +35,13 @@ def terminal_table(result: dict[str, Any]) -> Any:
         for row in result["controls"]:
             figures = [row["missing"]]
             if not row["missing"]:
-                figures = [*_figures(row["auroc"]), _three(row["ap"]["value"]), _three(row["fpr95"])]
+                figures = [*_figures(row["auroc"]), three(row["ap"]["value"]), three(row["fpr95"])]
             rows.append([row["control"], row["method"], *figures])
         shown.append(_table("control rows", "pretext saw: nothing; labels used: the normal flag", names, rows))
     if result.get("localization"):
         found = result["localization"]
         rows = [
-            [row["name"], *_figures(row["found"]), _three(row["chance"]), row["words"]]
+            [row["name"], *_figures(row["found"]), three(row["chance"]), row["words"]]
             for row in anomaly.localization_rows(found)
         ]
         names = ["", "value", "95 % interval", "chance", "what it is"]
@@ -75,7 +75,7 @@ def _scales_table(found: dict[str, Any]) -> Any:
             words = [
                 word for word, key in (("here", "scale"), ("in training", "chosen")) if best.get(key) == row["scale"]
             ]
-            cells = [label, row["scale"], _three(row["weight"]), *_figures(row["auroc"])]
+            cells = [label, row["scale"], three(row["weight"]), *_figures(row["auroc"])]
             rows.append([*cells, *_figures(row["stack_minus"]), " and ".join(words)])
     names = ["label", "scale", "weight", "AUROC", "95 % interval", "stack minus scale", "95 % interval", "best"]
     caption = f"weights from {found['from']}; the best scale of these images flatters itself"
@@ -85,8 +85,8 @@ def _scales_table(found: dict[str, Any]) -> Any:
 def _figures(found: dict[str, Any]) -> tuple[str, str]:
     """A figure and its interval, as cells."""
     none = found["value"] is None or found["low"] is None
-    return _three(found["value"]), "-" if none else f"{found['low']:.3f} to {found['high']:.3f}"
+    return three(found["value"]), "-" if none else f"{found['low']:.3f} to {found['high']:.3f}"
 
 
-def _three(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def three(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.3f}"

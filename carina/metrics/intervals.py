@@ -20,6 +20,7 @@ from carina.errors import CarinaError
 from carina.metrics.resampling import Replicates, over_labels, over_runs, replicate
 
 MIN_POSITIVES = 20
+ALPHA = 0.05  # below which a corrected p-value is called more than chance
 
 
 @dataclass(frozen=True)

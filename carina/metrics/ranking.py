@@ -82,7 +82,7 @@ class Ranking:
         positive, negative = (sums @ weights for sums in self._sums)
         below = np.cumsum(negative, axis=0)
         won = np.einsum("kr,kr->r", positive, below[:-1:2] + 0.5 * negative[1::2])
-        return _ratio(won, positive.sum(axis=0) * below[-1])
+        return ratio(won, positive.sum(axis=0) * below[-1])
 
     def average_precision(self, weights: np.ndarray) -> np.ndarray:
         """Average precision (R,) for `weights` (G, R) >= 0; NaN where a class has no weight.
@@ -94,14 +94,14 @@ class Ranking:
         alarms = np.cumsum(negative[::-1], axis=0)[::-1][1::2]
         called = hits + alarms
         precision = np.divide(hits, called, out=np.zeros_like(hits), where=called > 0)
-        value = _ratio(np.einsum("kr,kr->r", positive, precision), positive.sum(axis=0))
+        value = ratio(np.einsum("kr,kr->r", positive, precision), positive.sum(axis=0))
         return np.where(negative.sum(axis=0) > 0, value, np.nan)
 
 
 METRICS = {"auroc": Ranking.auroc, "average_precision": Ranking.average_precision}
 
 
-def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
     return np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=bottom > 0)
 
 

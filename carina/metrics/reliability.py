@@ -18,7 +18,7 @@ from statsmodels.stats.proportion import proportion_confint
 from carina.errors import CarinaError
 from carina.metrics.calibration import HIGHEST, LOWEST
 from carina.metrics.intervals import Interval, doubt
-from carina.metrics.ranking import _ratio
+from carina.metrics.ranking import ratio
 from carina.metrics.resampling import Replicates, class_counts, patient_codes, replicate_sums
 
 BINS = 10
@@ -82,7 +82,7 @@ def replicate_calibration(
         columns[rows, label, 2 + bins_of(probability[rows, label], bins)] = residual[rows, label]
 
     def measures(sums: np.ndarray) -> dict[str, np.ndarray]:
-        return {"brier": _ratio(sums[1], sums[0]), "ece": _ratio(np.abs(sums[2:]).sum(axis=0), sums[0])}
+        return {"brier": ratio(sums[1], sums[0]), "ece": ratio(np.abs(sums[2:]).sum(axis=0), sums[0])}
 
     return replicate_sums(columns, measures, target, patients, resamples, seed)
 

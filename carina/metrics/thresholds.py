@@ -6,7 +6,7 @@ import numpy as np
 
 from carina.errors import CarinaError
 from carina.metrics.decisions import predictive_values
-from carina.metrics.ranking import _ratio
+from carina.metrics.ranking import ratio
 from carina.metrics.resampling import Replicates, replicate_sums
 
 NAMES = ("sensitivity", "specificity", "ppv", "npv", "f1")
@@ -19,11 +19,11 @@ def rates(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray, tn: np.ndarray) -> dic
     Predictive values are those at the share of positives among the counted.
     """
     return {
-        "sensitivity": _ratio(tp, tp + fn),
-        "specificity": _ratio(tn, tn + fp),
-        "ppv": _ratio(tp, tp + fp),
-        "npv": _ratio(tn, tn + fn),
-        "f1": _ratio(2 * tp, 2 * tp + fp + fn),
+        "sensitivity": ratio(tp, tp + fn),
+        "specificity": ratio(tn, tn + fp),
+        "ppv": ratio(tp, tp + fp),
+        "npv": ratio(tn, tn + fn),
+        "f1": ratio(2 * tp, 2 * tp + fp + fn),
     }
 
 

@@ -1,4 +1,4 @@
-"""What a report keeps to itself: where files lie, conditions that may name a person, groups of few patients."""
+"""What a report keeps to itself: where files lie, and conditions that may name a person."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from carina.models.hub.few import FEW, OLDEST, kept_back, shown_groups
+from carina.models.hub.few import OLDEST
 
 PLACES = ("store", "out", "backbone", "cache", "wandb", "init", "pretrained", "scratch")  # keys that name places
 COLUMNS = ("view", "sex", "source", "manufacturer", "split", "age")  # and labels: what a shown condition may ask for
@@ -96,33 +96,12 @@ def _ordered(node: ast.Compare) -> bool:
 
 
 def told(result: Mapping[str, Any]) -> dict[str, Any]:
-    """metrics.json without what concerns a few patients and without conditions that may name one."""
+    """metrics.json without conditions that may name a person."""
     result = dict(result)
     if "where" in result:
         result["where"] = condition(result["where"])
     if flow := result.get("flow"):
         result["flow"] = [{**step, "step": _step(step["step"])} for step in flow]
-    groups = shown_groups(result.get("subgroups") or ())
-    small = kept_back(groups)
-    everywhere = {(variable, group) for variable, _, group in small}
-    result["subgroups"] = groups
-
-    def hidden(row: Mapping[str, Any], group: Any) -> bool:
-        key = (row["variable"], row["label"], str(group))
-        return key in small or (row["label"] == "macro" and (row["variable"], str(group)) in everywhere)
-
-    def large(row: Mapping[str, Any], key: str) -> dict[str, Any]:
-        return {group: value for group, value in (row.get(key) or {}).items() if not hidden(row, group)}
-
-    result["confounders"] = [
-        {**row, "prevalence": large(row, "prevalence"), "groups": large(row, "groups")}
-        for row in result.get("confounders") or ()
-    ]
-    result["worst"] = [
-        row
-        for row in result.get("worst") or ()
-        if not hidden(row, row["group"]) and ((row["auroc"] or {}).get("num_patients") or FEW) >= FEW
-    ]
     return result
 
 

@@ -12,7 +12,6 @@ from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
 
 from carina.evaluate.numbers import Scored
 from carina.evaluate.subgroups import (
-    FEWEST,
     MOST_GROUPS,
     confounders,
     grouped,
@@ -22,6 +21,7 @@ from carina.evaluate.subgroups import (
     too_coarse,
     worst,
 )
+from carina.models.hub.few import FEW
 
 
 def scored(confounded=0.0, blind=None, images=800, labels=("Effusion",), seed=0, **facts):
@@ -94,10 +94,10 @@ def test_nothing_is_told_of_few_patients_nor_can_it_be_computed_from_the_rest(si
     people = {name: set(one.patients[known & (names == name)]) for name in set(names)}
     hidden = {row["group"] for row in rows if row["withheld"]}
     assert {row["group"] for row in rows} == set(names)
-    assert {name for name, found in people.items() if len(found) < FEWEST} <= hidden
+    assert {name for name, found in people.items() if len(found) < FEW} <= hidden
     together = set().union(*(people[name] for name in hidden))
-    assert len(together) >= min(FEWEST, len(set(one.patients[known]))) or not together
-    few = {name for name in hidden if len(people[name]) < FEWEST}
+    assert len(together) >= min(FEW, len(set(one.patients[known]))) or not together
+    few = {name for name in hidden if len(people[name]) < FEW}
     assert all(numbers_in(row) == [] for row in rows if row["group"] in few)
     for row in (row for row in rows if row["withheld"] and row["group"] not in few):
         figures = row.pop("auroc"), row.pop("ap")

@@ -298,8 +298,16 @@ def test_the_table_shows_plain_numbers_intervals_sentences_and_groups():
     whole = {**plain, "label": "B", "auroc": figure, "sensitivity": figure, "note": ""}
     group = {"variable": "view", "group": "AP", "label": "B", "n": 1200, "patients": 900, "positives": 7,
              "auroc": figure, "note": ""}  # fmt: skip
-    few = {**group, "group": "PA", "n": 23, "patients": 19, "positives": 1}
-    other = {**group, "group": "LL", "patients": 40}
+    other = {
+        **group,
+        "group": "LL",
+        "withheld": True,
+        "n": None,
+        "patients": None,
+        "positives": None,
+        "note": "uncounted",
+    }
+    few = {**other, "group": "PA", "auroc": None, "note": "fewer than 20 patients: not shown"}
     mean = {**whole, "label": "macro", "positives": None}
     metrics = {"kind": "classify", "mode": "frozen", "split": "test", "synthetic": False, "patients": 1500,
                "labels_used": "9 patients", "table": [mean, plain, whole], "subgroups": [group, few, other],
@@ -308,8 +316,8 @@ def test_the_table_shows_plain_numbers_intervals_sentences_and_groups():
     assert "| A | - | 0.500 | 0.750 | 9 of 90 | not estimable |" in card and "1,500 patients" in card
     assert "| B | 0.800 (0.700 to 0.900) | 0.500 | 0.800 (0.700 to 0.900) | 9 of 90 |  |" in card
     assert "* B is read off the view." in card and "| B | view | AP | 7 of 1,200 | 0.800 (0.700 to 0.900) |" in card
-    assert "| B | view | PA |  | - | fewer than 20 patients: not shown |" in card and "of 23" not in card
-    assert "| B | view | LL |  | - | not shown: a smaller group could be computed from it |" in card
+    assert "| B | view | PA |  | - | fewer than 20 patients: not shown |" in card
+    assert "| B | view | LL |  | 0.800 (0.700 to 0.900) | uncounted |" in card
     assert "| macro | 0.800 (0.700 to 0.900) | 0.500 | 0.800 (0.700 to 0.900) |  |  |" in card
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from carina.models.hub.few import shown_groups
-
 COLUMNS = {"auroc": "AUROC", "ap": "average precision", "sensitivity": "sensitivity", "specificity": "specificity"}
 
 
@@ -56,7 +54,7 @@ def _groups(rows: Any) -> str:
     lines = [
         f"| {row['label']} | {row['variable']} | {row['group']} | {_positives(row)} | {_figure(row['auroc'])} | "
         f"{row.get('note') or ''} |"
-        for row in shown_groups(rows)
+        for row in rows
     ]
     head = ["| label | by | group | positives | AUROC | note |", "| --- | --- | --- | ---: | ---: | --- |"]
     folded = ["<details><summary>Within groups of patients and images</summary>", "", *head, *lines, "", "</details>"]
