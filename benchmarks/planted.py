@@ -283,6 +283,7 @@ def patches(given: Arguments) -> dict[str, Any]:
     several, singles = rows[0], rows[1:]
     return {
         "normals": len(train),
+        "images": len(selection),
         "rows": rows,
         **{
             f"{name}_{word}": several[name] - choose(row[name] for row in singles)

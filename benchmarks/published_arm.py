@@ -1,15 +1,18 @@
 """The arm "AnatPaste as published" of the Kermany tables: the pasting of the paper's description, with its own lung masks,
 in carina's loop, beside the same backbone, schedule and head as our arm.
 
-    python benchmarks/published_arm.py store=STORE out=RUN [arm=imagenet_anatpaste] [protocol=kermany_patients] [seed=0]
+    python benchmarks/published_arm.py store=STORE out=RUNS [set=kermany_224] [seeds=[0,1,2]] [arm=imagenet_anatpaste]
+                                       [protocol=kermany_patients]
 
-The run is then given to the protocol: carina finetune protocol kermany_patients backbones.anatpaste_published=RUN ...
+A run a seed, which then are given to the protocol, here at their last epoch:
+carina finetune protocol kermany_patients backbones.anatpaste_published=RUNS/{seed}/predictor-last ...
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,15 +26,16 @@ from carina.finetune.run import finetune
 from carina.models.backbones import resize_images
 from carina.recipes import Section, merge
 
-DEFAULTS = {"arm": "imagenet_anatpaste", "protocol": "kermany_patients", "seed": 0}
+DEFAULTS = {"set": "kermany_224", "seeds": [0, 1, 2], "arm": "imagenet_anatpaste", "protocol": "kermany_patients"}
 
 
 class Arguments(Section):
     store: str
     out: str
+    set: str
+    seeds: list[int]
     arm: str
     protocol: str
-    seed: int
 
 
 class PublishedPasting(anomaly.Pasting):
@@ -59,14 +63,13 @@ class PublishedPasting(anomaly.Pasting):
 def work(arguments: Arguments) -> None:
     protocol = read_protocol(arguments.protocol)
     given = merge(protocol.recipe, protocol.arms[arguments.arm].recipe or {})
-    rows = next(iter(protocol.sets.values()))
+    rows = protocol.sets[arguments.set]
     given |= {"backbone": protocol.arms[arguments.arm].backbone, "mode": "full", "threshold_rows": None}
-    given |= {
-        "pool_rows": rows.pool,
-        "pool_prevalence": rows.prevalence,
-    }  # the same fifth kept from training as in our arm
+    # the same fifth kept from training as in our arm
+    given |= {"pool_rows": rows.pool, "pool_prevalence": rows.prevalence, "store": arguments.store}
     anomaly.Pasting = PublishedPasting
-    print(finetune("anomaly", given | {"store": arguments.store, "out": arguments.out, "seed": arguments.seed}))
+    for seed in arguments.seeds:
+        finetune("anomaly", given | {"out": str(Path(arguments.out) / str(seed)), "seed": seed}, quiet=True)
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -27,6 +27,8 @@ DECIDED = {
     "mode", "region", "scorer", "contamination", "pool_rows", "pool_prevalence", "seed",
 }  # fmt: skip
 
+SEED = "{seed}"
+
 
 class Counts(Section):
     """Images that a published protocol has."""
@@ -54,14 +56,21 @@ class RowSet(Section):
 
 
 class Arm(Section):
-    """A backbone that is scored as it is (frozen) or trained on the normals first (full). recipe: what this changes of the
-    protocol's. scorers, regions: some of the protocol's (null: all)."""
+    """A backbone that is scored as it is (frozen) or trained on the normals first (full). A backbone with `{seed}` in its
+    name is another one for each seed. recipe: what this changes of the protocol's. scorers, regions, seeds: some of the
+    protocol's (null: all)."""
 
     backbone: str
     mode: Literal["frozen", "full"]
     recipe: dict[str, Any] | None = None
     scorers: Names | None = None
     regions: Annotated[list[Region], Field(min_length=1)] | None = None
+    seeds: Annotated[list[int], Field(min_length=1)] | None = None
+
+    @property
+    def varies(self) -> bool:
+        """Whether another seed gives another row."""
+        return self.mode == "full" or self.backbone.startswith("random") or SEED in self.backbone
 
 
 class Row(Section):
@@ -100,6 +109,7 @@ class ProtocolRecipe(BaseRecipe):
     sets: Annotated[dict[str, RowSet], Field(min_length=1)]
     arms: Annotated[dict[str, Arm], Field(min_length=1)]
     scorers: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    slow: list[str]
     regions: Annotated[list[Region], Field(min_length=1)]
     seeds: Annotated[list[int], Field(min_length=1)]
     primary: Primary | None
@@ -177,6 +187,10 @@ class Plan(BasePlan[ProtocolRecipe]):
         # what is quick comes first, and every arm has its first seed before any has its second
         self.units = sorted(self._units(), key=lambda unit: (unit.share > 0, unit.full, recipe.seeds.index(unit.seed)))
         self.published = list(recipe.published)
+        chosen = {unit.set for unit in self.units if unit.full and unit.recipes[0].select != "last"}
+        if any(arm.mode == "full" and self._given(arm).get("select", "last") != "last" for arm in self.arms.values()):
+            for name in (name for name in self.stores if name not in chosen):
+                self.remarks.append(f"Set {name} has no pool to choose a checkpoint on: last epochs alone.")
         self.counts = {name: self._count(name) for name in self.stores}
 
     def _check_names(self) -> None:
@@ -186,6 +200,7 @@ class Plan(BasePlan[ProtocolRecipe]):
         self.known("primary.set", [r.primary.set] if r.primary else [], r.sets)
         for what, arms, scorers in (
             ("only", r.only or [], []),
+            ("slow", [], r.slow),
             ("primary", [row.arm for row in rows], [row.scorer for row in rows]),
             *((f"arms.{name}.scorers", [], arm.scorers or []) for name, arm in r.arms.items()),
             ("contamination", r.contamination.arms, r.contamination.scorers) if r.contamination else ("", [], []),
@@ -194,15 +209,17 @@ class Plan(BasePlan[ProtocolRecipe]):
             self.known(what, scorers, r.scorers)
         if r.contamination and not set(r.contamination.seeds) <= set(r.seeds):
             raise CarinaError("protocol: contamination.seeds must be among seeds, whose clean rows stand beside them")
+        for name, arm in r.arms.items():
+            if not set(arm.seeds or []) <= set(r.seeds):
+                raise CarinaError(f"protocol: arms.{name}.seeds must be among seeds={r.seeds}")
 
     def _units(self) -> Iterator[Unit]:
         seeds, mixed = self.recipe.seeds, self.recipe.contamination
         for name in self.stores:
             for arm_name, arm in self.arms.items():
-                varies = arm.mode == "full" or arm.backbone.startswith("random")
-                plans = [(seed, 0.0) for seed in (seeds if varies else seeds[:1])]
+                plans = [(seed, 0.0) for seed in (arm.seeds or seeds if arm.varies else seeds[:1])]
                 if mixed and arm_name in mixed.arms:
-                    again = mixed.seeds if varies else seeds[:1]
+                    again = mixed.seeds if arm.varies else seeds[:1]
                     plans += [(seed, level) for level in mixed.levels for seed in again]
                 for seed, share in plans:
                     yield self._unit(name, arm_name, arm, seed, share)
@@ -221,11 +238,13 @@ class Plan(BasePlan[ProtocolRecipe]):
         regions = ["whole"] if share else arm.regions or r.regions
         chosen = [recipes[0].select] if recipes[0].select != "last" else []
         checkpoints = ["frozen"] if arm.mode == "frozen" else ["last", *chosen]
+        first = (arm.seeds or r.seeds)[0]
         cells = tuple(
             Cell(name, arm_name, seed, share, checkpoint, region, scorer)
             for checkpoint in checkpoints
             for region in regions
             for scorer in asked
+            if scorer not in r.slow or (seed == first and checkpoint == checkpoints[0])
         )
         return Unit(name, arm_name, seed, share, recipes, scorers, cells)
 
@@ -249,7 +268,8 @@ class Plan(BasePlan[ProtocolRecipe]):
     ) -> FinetuneRecipe:
         rows, r = self.recipe.sets[name], self.recipe
         judge = scorers[r.primary.scorer] if r.primary else next(iter(scorers.values()))
-        changes: dict[str, Any] = {"backbone": arm.backbone, "mode": arm.mode, "seed": seed, "fold": fold}
+        backbone = arm.backbone.replace(SEED, str(seed))
+        changes: dict[str, Any] = {"backbone": backbone, "mode": arm.mode, "seed": seed, "fold": fold}
         changes["contamination"] = share
         if judge.name != "head":  # the run's own scorer, which AUCp asks
             changes["scorer"] = judge.model_dump()

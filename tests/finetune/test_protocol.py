@@ -256,13 +256,37 @@ def test_folds_score_every_image_once_by_what_never_saw_its_patient(phantom_stor
     assert "2 patient folds" in page and "| within folds |" in page
 
 
+def test_seeds_are_given_by_arm_and_slow_scorers_asked_once(phantom_store, tmp_path):
+    arms = {
+        "random": TINY["arms"]["random"],
+        "anatpaste": {**TINY["arms"]["anatpaste"], "seeds": [1, 2]},
+        "given": {"backbone": "elsewhere", "mode": "frozen"},
+    }
+    many = {
+        "seeds": [0, 1, 2],
+        "slow": ["nearest"],
+        "regions": ["whole"],
+        "backbones": {"elsewhere": "runs/moco-{seed}"},
+    }
+    made = plan(tmp_path, phantom_store, **{**many, "arms": arms})
+    seeds = {name: [unit.seed for unit in made.units if unit.arm == name] for name in arms}
+    assert seeds == {"random": [0, 1, 2], "anatpaste": [1, 2], "given": [0, 1, 2]}
+    assert [u.recipes[0].backbone for u in made.units if u.arm == "given"] == [f"runs/moco-{n}" for n in range(3)]
+    asked = {(c.arm, c.seed, c.checkpoint) for unit in made.units for c in unit.cells if c.scorer == "nearest"}
+    assert asked == {("random", 0, "frozen"), ("anatpaste", 1, "last"), ("given", 0, "frozen")}
+
+
 def test_a_checkpoint_that_labels_chose_is_told_from_one_that_none_did(phantom_store, tmp_path):
     by_labels = plan(tmp_path, phantom_store, recipe={**TINY["recipe"], "select": "validation"})
     (unit,) = [unit for unit in by_labels.units if unit.full]
     assert {cell.checkpoint for cell in unit.cells} == {"last", "validation"}
     assert (unit.recipes[0].threshold_rows, unit.recipes[0].pool_rows) == ("val", None)
-    (unit,) = [unit for unit in plan(tmp_path, phantom_store).units if unit.full]
-    assert (unit.recipes[0].threshold_rows, unit.recipes[0].pool_rows) == (None, "val")
+    unlabelled = plan(tmp_path, phantom_store)
+    (unit,) = [unit for unit in unlabelled.units if unit.full]
+    assert (unit.recipes[0].threshold_rows, unit.recipes[0].pool_rows) == (None, "val") and not unlabelled.remarks
+    without = plan(tmp_path, phantom_store, sets={"phantoms": {"folds": 2}})
+    assert {cell.checkpoint for unit in without.units for cell in unit.cells} == {"frozen", "last"}
+    assert without.remarks == ["Set phantoms has no pool to choose a checkpoint on: last epochs alone."]
 
 
 def test_contaminated_normals_stand_beside_the_same_seeds_without(phantom_store, tmp_path):
@@ -312,6 +336,8 @@ ROW = {"arm": "random", "scorer": "gaussian", "region": "whole"}
             {"contamination": {"levels": [0.1], "arms": ["random"], "scorers": ["gaussian"], "seeds": [7]}},
             "among seeds",
         ),
+        ({"arms": {"random": {**PLAIN["arms"]["random"], "seeds": [5]}}}, "arms.random.seeds must be among seeds"),
+        ({"slow": ["knn"]}, "slow 'knn' is none of gaussian, nearest"),
         ({"store": None}, "needs the stores that its sets name; give store=FOLDER"),
         ({"store": {"phantoms": "here"}}, "reads no store 'phantoms'; give store=FOLDER"),
     ],
