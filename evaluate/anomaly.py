@@ -16,11 +16,9 @@ from carina.metrics.localization import box_masks, localization
 from carina.metrics.ranking import false_positive_rate
 from carina.metrics.resampling import replicate
 from carina.models.controls import control_rows, control_scale, controls, describe
-from carina.models.predictor import Member, Predictor, map_span
+from carina.models.predictor import SPAN_IMAGES, Member, Predictor, map_span
 from carina.progress import Progress
 from carina.training.engine import pick_device
-
-SPAN_IMAGES = 64  # normal images that say between which values maps are drawn
 
 
 def number(value: float) -> float | None:

@@ -20,14 +20,12 @@ from carina.finetune.recipe import FinetuneRecipe, few
 from carina.metrics.ranking import auroc
 from carina.models.backbones import Backbone
 from carina.models.pasting import NEEDS_MASKS
-from carina.models.predictor import Member, map_span
+from carina.models.predictor import SPAN_IMAGES, Member, map_span
 from carina.models.scorers import SCORERS, Read, ScorerSettings
 from carina.progress import Progress
 from carina.runs import Run
 from carina.training.engine import Engine, pick_device
 from carina.training.forecast import forecast
-
-SPAN_IMAGES = 64
 
 
 class Detector:
