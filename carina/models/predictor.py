@@ -26,7 +26,7 @@ from carina.models.scorers import SCORERS, Scorer, ScorerSettings
 FILE = "predictor.json"
 EDGE = 1e-15  # how near a probability may come to 0 and 1 before its logit is taken
 DARK, BRIGHT = 0.95, 0.999  # shares of the pixels of normal images' maps between which their values are drawn
-SPAN_IMAGES = 64  # normal images that say so
+SPAN_IMAGES = 64  # normal images that tell those values, at most
 
 
 class Member(nn.Module):
