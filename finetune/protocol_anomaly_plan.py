@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -207,19 +208,30 @@ class Plan(BasePlan[ProtocolRecipe]):
         ):
             self.known(what, arms, r.arms)
             self.known(what, scorers, r.scorers)
-        if r.contamination and not set(r.contamination.seeds) <= set(r.seeds):
-            raise CarinaError("protocol: contamination.seeds must be among seeds, whose clean rows stand beside them")
         for name, arm in r.arms.items():
             if not set(arm.seeds or []) <= set(r.seeds):
                 raise CarinaError(f"protocol: arms.{name}.seeds must be among seeds={r.seeds}")
+        mixed = r.contamination
+        for name, scorer in product(mixed.arms, mixed.scorers) if mixed else ():
+            clean = self._seeds(r.arms[name])[: 1 if scorer in r.slow else None]
+            if r.arms[name].varies and not set(mixed.seeds) <= set(clean):
+                raise CarinaError(
+                    f"protocol: contamination.seeds must be among {clean}, the seeds of arm {name} and scorer {scorer} "
+                    "without contamination, which stand beside"
+                )
+
+    def _seeds(self, arm: Arm) -> list[int]:
+        """The seeds of an arm; one that does not depend on them has the first."""
+        seeds = self.recipe.seeds
+        return (arm.seeds or seeds) if arm.varies else seeds[:1]
 
     def _units(self) -> Iterator[Unit]:
-        seeds, mixed = self.recipe.seeds, self.recipe.contamination
+        mixed = self.recipe.contamination
         for name in self.stores:
             for arm_name, arm in self.arms.items():
-                plans = [(seed, 0.0) for seed in (arm.seeds or seeds if arm.varies else seeds[:1])]
+                plans = [(seed, 0.0) for seed in self._seeds(arm)]
                 if mixed and arm_name in mixed.arms:
-                    again = mixed.seeds if arm.varies else seeds[:1]
+                    again = mixed.seeds if arm.varies else self._seeds(arm)
                     plans += [(seed, level) for level in mixed.levels for seed in again]
                 for seed, share in plans:
                     yield self._unit(name, arm_name, arm, seed, share)
@@ -238,7 +250,7 @@ class Plan(BasePlan[ProtocolRecipe]):
         regions = ["whole"] if share else arm.regions or r.regions
         chosen = [recipes[0].select] if recipes[0].select != "last" else []
         checkpoints = ["frozen"] if arm.mode == "frozen" else ["last", *chosen]
-        first = (arm.seeds or r.seeds)[0]
+        first = self._seeds(arm)[0]
         cells = tuple(
             Cell(name, arm_name, seed, share, checkpoint, region, scorer)
             for checkpoint in checkpoints

@@ -311,6 +311,7 @@ def test_contaminated_normals_stand_beside_the_same_seeds_without(phantom_store,
 
 PLAIN = {"arms": {"random": TINY["arms"]["random"]}, "backbones": {}, "primary": None}
 ROW = {"arm": "random", "scorer": "gaussian", "region": "whole"}
+MIXED = {"levels": [0.1], "arms": ["random"], "scorers": ["gaussian"]}
 
 
 @pytest.mark.parametrize(
@@ -333,8 +334,20 @@ ROW = {"arm": "random", "scorer": "gaussian", "region": "whole"}
         ({"only": ["randon"]}, "only 'randon' is none of random"),
         ({"backbones": {"moco": "runs/moco"}}, "no arm asks for backbones.moco"),
         (
-            {"contamination": {"levels": [0.1], "arms": ["random"], "scorers": ["gaussian"], "seeds": [7]}},
-            "among seeds",
+            {"contamination": {**MIXED, "seeds": [7]}},
+            r"contamination.seeds must be among \[0\], the seeds of arm random and scorer gaussian",
+        ),
+        (
+            {"contamination": {**MIXED, "seeds": [1]}, "seeds": [0, 1], "slow": ["gaussian"]},
+            r"contamination.seeds must be among \[0\]",
+        ),
+        (
+            {
+                "contamination": {**MIXED, "seeds": [0]},
+                "seeds": [0, 1],
+                "arms": {"random": {**PLAIN["arms"]["random"], "seeds": [1]}},
+            },
+            r"contamination.seeds must be among \[1\]",
         ),
         ({"arms": {"random": {**PLAIN["arms"]["random"], "seeds": [5]}}}, "arms.random.seeds must be among seeds"),
         ({"slow": ["knn"]}, "slow 'knn' is none of gaussian, nearest"),
