@@ -5,7 +5,8 @@ in carina's loop, beside the same backbone, schedule and head as our arm.
                                        [protocol=kermany_patients]
 
 A run a seed, which then are given to the protocol, here at their last epoch:
-carina finetune protocol kermany_patients backbones.anatpaste_published=RUNS/{seed}/predictor-last ...
+carina finetune protocol kermany_patients backbones.anatpaste_published=RUNS/{seed}/predictor-last
+                                          arms.imagenet_anatpaste_published.seeds=[0,1,2] ...
 """
 
 from __future__ import annotations
